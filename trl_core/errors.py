@@ -1,0 +1,89 @@
+"""Every exception and warning of trl-core.
+
+Each error says what happened, what was expected and how to mend it; the mend is a required argument, so no error
+can be written without one. Classes also derive from the built-in a Python user would catch (`ValueError`, ...).
+"""
+
+from __future__ import annotations
+
+
+class TRLCoreError(Exception):
+    """Base of all errors raised by trl-core.
+
+    Args:
+        what: what is wrong, naming the thing (option, column, plugin, row) and what was expected.
+        mend: what the user can do about it; kept as the attribute `mend` and appended to the message.
+    """
+
+    def __init__(self, what: str, *, mend: str) -> None:
+        self.what = what
+        self.mend = mend
+        super().__init__(f"{what}\n  To mend: {mend}")
+
+
+# -- discovery and stability ------------------------------------------------------------------------------------------
+class AlgorithmNotFoundError(TRLCoreError, LookupError):
+    """No installed distribution registers this algorithm name."""
+
+
+class AmbiguousAlgorithmError(TRLCoreError, LookupError):
+    """Two or more distributions register the same name; a qualified spelling is needed."""
+
+
+class BrokenAlgorithmError(TRLCoreError, ImportError):
+    """The plugin is installed but cannot be used: it fails to import, exports the wrong object or excludes this core."""
+
+
+class StabilityError(TRLCoreError):
+    """The production guard refuses an algorithm that is less stable than required."""
+
+
+# -- composition ------------------------------------------------------------------------------------------------------
+class CompositionError(TRLCoreError, ValueError):
+    """The algorithms named in a composition do not fit together."""
+
+
+class PluginConflict(CompositionError):
+    """Two composed algorithms provide the same step, or define the same option."""
+
+
+class InvalidHookError(CompositionError):
+    """A hook implementation does not fit the contract in `trl_core.hookspecs`."""
+
+
+# -- configuration and data -------------------------------------------------------------------------------------------
+class ConfigError(TRLCoreError, ValueError):
+    """An option, or a combination of options, is invalid."""
+
+
+class DatasetError(TRLCoreError, ValueError):
+    """The dataset does not have the form the algorithm needs."""
+
+
+class OutputDirError(TRLCoreError, OSError):
+    """The output folder cannot be written."""
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+class HookResultError(TRLCoreError, ValueError):
+    """A hook, filter or backend returned something of the wrong shape, type or value."""
+
+
+class RewardError(TRLCoreError, RuntimeError):
+    """A reward function raised, timed out, or returned the wrong number of values or an infinite one."""
+
+
+class NonFiniteLossError(TRLCoreError, ArithmeticError):
+    """The loss of a micro-batch is NaN or infinite."""
+
+
+class CheckpointError(TRLCoreError, ValueError):
+    """A checkpoint is incomplete, damaged, or was written by another algorithm or with other options."""
+
+
+class TRLExperimentalWarning(UserWarning):
+    """An experimental algorithm is used; it may change between minor releases. See `TRL_EXPERIMENTAL_SILENCE`."""
+
+
+class TRLDeprecationWarning(FutureWarning):
+    """A deprecated algorithm is used; the message names its removal version and its replacement."""
