@@ -1,0 +1,149 @@
+"""The built wheels, installed into an empty environment as a user would have them, with nothing of the checkout."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTRIBUTIONS = {"trl_core": ROOT, "trl_gfpo": ROOT / "plugins" / "trl-gfpo"}
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+import torch
+from datasets import Dataset
+import trl_core, trl_gfpo
+from trl_core.testing import tiny_model, tiny_tokenizer
+from trl_gfpo import GFPOConfig, GFPOTrainer
+
+def reward(completions, **_):
+    return [float(len(text) % 7) for text in completions]
+
+model = tiny_model(seed=0)
+before = {name: value.detach().clone() for name, value in model.named_parameters()}
+trainer = GFPOTrainer(
+    model=model,
+    args=GFPOConfig(
+        output_dir=sys.argv[1], max_steps=1, num_generations=4, num_remains_in_group=2, max_completion_length=8,
+        per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    ),
+    train_dataset=Dataset.from_list([{"prompt": "one two"}, {"prompt": "three"}]),
+    reward_funcs=reward,
+    group_filter_func="shortest",
+    processing_class=tiny_tokenizer(),
+)
+result = trainer.train()
+trainer.save_model()
+print(json.dumps({
+    "core": trl_core.__file__,
+    "plugin": trl_gfpo.__file__,
+    "steps": result.global_step,
+    "loss": result.training_loss,
+    "moved": any(not torch.equal(before[name], value) for name, value in trainer.model.named_parameters()),
+    "saved": sorted(path.name for path in Path(sys.argv[1]).iterdir()),
+}))
+"""
+
+
+def run(*command, cwd, **environment):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRL_"))}
+    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=inherited | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """Both wheels, by package."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for source in DISTRIBUTIONS.values():
+        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
+    return {package: next(folder.glob(f"{package}-*.whl")) for package in DISTRIBUTIONS}
+
+
+@pytest.fixture(scope="module")
+def environment(wheels, tmp_path_factory):
+    """Folder of an environment with the wheels, beside the dependencies of the one that runs the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        *wheels.values(),
+        cwd=folder,
+    )
+    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
+    # A plain line of a .pth file is searched last, and the .pth files in there (editable installs) are not followed.
+    ours = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (own / "dependencies.pth").write_text("\n".join(ours) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("package", DISTRIBUTIONS)
+def test_wheel_holds_the_whole_package_and_nothing_else(wheels, package):
+    folder = DISTRIBUTIONS[package]
+    expected = {
+        path.relative_to(folder).as_posix()
+        for path in (folder / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert f"{package}/py.typed" in expected
+    names = zipfile.ZipFile(wheels[package]).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == expected
+
+
+def test_wheel_names_its_licence_and_entry_points(wheels):
+    archive = zipfile.ZipFile(wheels["trl_core"])
+    information = next(name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name)
+    assert f"{information}/licenses/LICENSE" in archive.namelist()
+    assert "License-Expression: Apache-2.0" in archive.read(f"{information}/METADATA").decode()
+    assert "[trl_core.stable]\ngrpo = " in archive.read(f"{information}/entry_points.txt").decode()
+
+
+def test_installed_command_lists_both(environment, tmp_path):
+    listed = json.loads(run(environment / "bin" / "trl-core", "list", "--json", cwd=tmp_path).stdout)
+    found = {(item["name"], item["distribution"], item["version"], item["stability"]) for item in listed}
+    version = importlib.metadata.version("trl-core")
+    assert ("grpo", "trl-core", version, "stable") in found
+    assert ("gfpo", "trl-gfpo", importlib.metadata.version("trl-gfpo"), "experimental") in found
+    assert all(item["broken"] is None for item in listed if item["distribution"] in ("trl-core", "trl-gfpo"))
+    assert len([item for item in listed if item["name"] == "gfpo"]) == 1
+
+
+def test_installed_wheels_train_one_gfpo_step(environment, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN, encoding="utf-8")
+    done = run(environment / "bin" / "python", script, tmp_path / "out", cwd=tmp_path, TRL_EXPERIMENTAL_SILENCE="1")
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert Path(told["core"]).is_relative_to(environment), "the checkout was imported, not the wheel"
+    assert Path(told["plugin"]).is_relative_to(environment), "the checkout was imported, not the wheel"
+    assert told["steps"] == 1
+    assert told["loss"] == told["loss"]
+    assert told["moved"]
+    assert "model.safetensors" in told["saved"]
