@@ -1,0 +1,336 @@
+"""Which algorithms are installed, read from package metadata, and loading the one that is asked for.
+
+The entry-point group is the stability tag. Until `load` is called no plugin is imported, and nothing here imports
+torch, so what is installed can neither slow a process down nor change a run.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+
+import importlib_metadata
+from importlib_metadata import EntryPoint, PackageMetadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from .algorithm import Algorithm
+from .errors import AlgorithmNotFoundError, AmbiguousAlgorithmError, BrokenAlgorithmError, TRLCoreError
+from .stability import Stability
+
+CORE = "trl-core"
+GROUPS = {f"trl_core.{stability.value}": stability for stability in Stability}
+
+# Wider than what is valid, so that "trl-core.stable" is reported as a typo.
+_OURS = re.compile(r"trl[-_]core(\..*)?", re.IGNORECASE)
+# "+" and ":" have a meaning in the spelling of a composition.
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_REEXPORTS = 3
+
+
+@dataclass(frozen=True)
+class AlgorithmInfo:
+    """What the metadata of a distribution says of one algorithm."""
+
+    name: str
+    stability: Stability
+    distribution: str
+    """Name of the distribution, normalised (`trl-gfpo`)."""
+    version: str
+    value: str
+    """What the entry point refers to, `"module:object"`."""
+    summary: str | None = None
+    extends: str | None = None
+    """Name of the algorithm it builds on; None also where the plugin does not say it as a literal."""
+    broken: str | None = None
+    """Why it cannot be used, if that can be seen without importing it."""
+
+    @property
+    def qualified(self) -> str:
+        """The spelling that no other distribution can claim, such as `"trl-gfpo:gfpo"`."""
+        return f"{self.distribution}:{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.name!r} of {self.distribution} {self.version} (entry point {self.value!r})"
+
+
+@dataclass(frozen=True)
+class UnknownGroup:
+    """An entry-point group that looks like one of ours but is none, so what it registers is not found."""
+
+    group: str
+    distribution: str
+    names: tuple[str, ...]
+    suggestion: str | None
+
+    def __str__(self) -> str:
+        hint = f"did you mean {self.suggestion!r}?" if self.suggestion else f"known are {', '.join(GROUPS)}."
+        return f"{self.distribution} registers {', '.join(self.names)} in the unknown group {self.group!r}: {hint}"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    point: EntryPoint
+    distribution: str
+    version: str
+    metadata: PackageMetadata
+
+
+def core_version() -> str:
+    """The version of the installed trl-core.
+
+    Raises:
+        TRLCoreError: trl-core is on the import path but not installed, so that nothing can be discovered.
+    """
+    try:
+        return importlib_metadata.version(CORE)
+    except importlib_metadata.PackageNotFoundError:
+        raise TRLCoreError(
+            f"The distribution {CORE} is not installed, so its version and its own algorithms are unknown.",
+            mend="Install it; in a checkout: pip install -e .",
+        ) from None
+
+
+def list_algorithms() -> list[AlgorithmInfo]:
+    """Every installed algorithm, usable or not, by name and distribution. Imports no plugin.
+
+    Raises:
+        TRLCoreError: trl-core itself is not installed.
+    """
+    core = core_version()
+    infos = [_info(entry, core) for entry in _entries() if entry.point.group in GROUPS]
+    return sorted(infos, key=lambda info: (info.name, info.distribution, info.stability.value))
+
+
+def unknown_groups() -> list[UnknownGroup]:
+    """Entry-point groups of installed distributions that are probably misspelt."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for entry in _entries():
+        if entry.point.group not in GROUPS:
+            names.setdefault((entry.point.group, entry.distribution), []).append(entry.point.name)
+    found = []
+    for (group, distribution), registered in sorted(names.items()):
+        # Compared without the common beginning, which alone would make any two groups look alike.
+        tags = [stability.value for stability in Stability]
+        close = difflib.get_close_matches(group.lower().rpartition(".")[2], tags, n=1)
+        suggestion = f"trl_core.{close[0]}" if close else None
+        found.append(UnknownGroup(group, distribution, tuple(sorted(registered)), suggestion))
+    return found
+
+
+def find(name: str) -> AlgorithmInfo:
+    """The record of one algorithm. Imports no plugin.
+
+    Args:
+        name: `"gfpo"`, or `"trl-gfpo:gfpo"` where several distributions register that name.
+
+    Raises:
+        AlgorithmNotFoundError: nothing that is installed registers it.
+        AmbiguousAlgorithmError: several distributions register it, or one does so twice.
+        TRLCoreError: trl-core itself is not installed.
+    """
+    distribution, _, short = name.strip().rpartition(":")
+    entries = [entry for entry in _entries() if entry.point.group in GROUPS]
+    matches = [entry for entry in entries if entry.point.name == short]
+    if distribution:
+        matches = [entry for entry in matches if entry.distribution == canonicalize_name(distribution)]
+    if not matches:
+        raise _not_found(name.strip(), entries)
+    if len(matches) > 1:
+        raise _ambiguous(short, matches)
+    return _info(matches[0], core_version())
+
+
+def load(algorithm: str | AlgorithmInfo) -> Algorithm:
+    """Import a plugin and return the algorithm it registers.
+
+    Raises:
+        BrokenAlgorithmError: it cannot be used. An error that its import raised is the `__cause__`.
+        AlgorithmNotFoundError, AmbiguousAlgorithmError, TRLCoreError: see `find`.
+    """
+    info = find(algorithm) if isinstance(algorithm, str) else algorithm
+    update = f"Install another version of {info.distribution} or {CORE}, or tell the authors of {info.distribution}."
+    if info.broken:
+        raise BrokenAlgorithmError(f"{info} cannot be used: {info.broken}.", mend=update)
+    point = EntryPoint(info.name, info.value, "")
+    try:
+        found = point.load()
+    # A plugin that calls sys.exit() while it is imported must not end the run without a word.
+    except (Exception, SystemExit) as error:
+        mend, missing = update, error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and missing.partition(".")[0] not in (point.module.partition(".")[0], __package__):
+            mend = f"Install what provides the module {missing!r}; often: pip install {missing.partition('.')[0]}"
+        raise BrokenAlgorithmError(
+            f"{info} cannot be imported.\n  {type(error).__name__}: {error}", mend=mend
+        ) from error
+    if not isinstance(found, Algorithm):
+        raise BrokenAlgorithmError(
+            f"{info} is an object of type {type(found).__name__!r}; expected a trl_core.Algorithm.", mend=update
+        )
+    if found.name != info.name:
+        raise BrokenAlgorithmError(
+            f"{info} calls itself {found.name!r}; expected the name of the entry point.", mend=update
+        )
+    return found
+
+
+# -- scanning ---------------------------------------------------------------------------------------------------------
+def _entries() -> Iterator[_Entry]:
+    """Entry points in all groups that look like ours, of each distribution once.
+
+    A distribution whose metadata cannot be read is skipped: it may be half removed, and it must not stop the others.
+    """
+    # A package that was installed a moment ago, by this very process perhaps, is to be seen.
+    importlib.invalidate_caches()
+    names: set[str] = set()
+    for candidate in importlib_metadata.distributions():
+        try:
+            if any(_OURS.fullmatch(point.group) for point in candidate.entry_points):
+                names.add(canonicalize_name(candidate.metadata["Name"]))
+        except Exception:
+            continue
+    for name in sorted(names):
+        try:
+            # Asked for again by name: of two copies on the path it gives the one that counts, which need not be the
+            # one seen above, for the newer copy may have dropped its entry points.
+            distribution = importlib_metadata.distribution(name)
+            metadata = distribution.metadata
+            points = [point for point in distribution.entry_points if _OURS.fullmatch(point.group)]
+        except Exception:
+            continue
+        for point in points:
+            yield _Entry(point, name, metadata.get("Version") or "unknown", metadata)
+
+
+def _info(entry: _Entry, core: str) -> AlgorithmInfo:
+    summary, extends = _literals(entry.point)
+    summary = summary or entry.metadata.get("Summary")
+    return AlgorithmInfo(
+        name=entry.point.name,
+        stability=GROUPS[entry.point.group],
+        distribution=entry.distribution,
+        version=entry.version,
+        value=entry.point.value,
+        summary=" ".join(summary.split()) if summary else None,
+        extends=extends,
+        broken=_why_broken(entry, core),
+    )
+
+
+def _why_broken(entry: _Entry, core: str) -> str | None:
+    if not _NAME.fullmatch(entry.point.name):
+        return f"its name {entry.point.name!r} has characters other than letters, digits, '_', '.' and '-'"
+    try:
+        module, attribute = entry.point.module, entry.point.attr
+    # What a value that does not match raises differs between versions of importlib_metadata.
+    except (ValueError, AttributeError):
+        module = attribute = ""
+    if not attribute or not all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
+        return f"its entry point {entry.point.value!r} is not of the form 'module:object'"
+    for text in entry.metadata.get_all("Requires-Dist") or []:
+        if canonicalize_name(re.split(r"[^\w.-]", text.strip(), maxsplit=1)[0]) != CORE:
+            continue
+        try:
+            requirement = Requirement(text)
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        except ValueError:
+            return f"its requirement {text!r} cannot be read"
+        if applies and not requirement.specifier.contains(core, prereleases=True):
+            return f"it requires {CORE}{requirement.specifier}, and {CORE} {core} is installed"
+    top = module.partition(".")[0]
+    try:
+        missing = importlib.util.find_spec(top) is None
+    except Exception:
+        missing = False
+    return f"its module {top!r} is not found" if missing else None
+
+
+# -- reading the source instead of importing it -----------------------------------------------------------------------
+def _literals(point: EntryPoint) -> tuple[str | None, str | None]:
+    """`summary` and `extends` of an exported `Algorithm(...)`, as far as its source says them literally."""
+    try:
+        module, name = point.module, point.attr
+        for _ in range(_REEXPORTS + 1):
+            spec = _find_spec(module)
+            if spec is None or spec.loader is None:
+                break
+            source = spec.loader.get_source(spec.name)  # type: ignore[attr-defined]
+            bound = _binding(ast.parse(source), name)
+            if isinstance(bound, ast.Call) and ast.unparse(bound.func).rpartition(".")[2] == "Algorithm":
+                given = dict(zip(("name", "summary", "extends"), bound.args, strict=False))
+                given |= {keyword.arg: keyword.value for keyword in bound.keywords if keyword.arg}
+                return _text(given.get("summary")), _text(given.get("extends"))
+            if not isinstance(bound, ast.ImportFrom):
+                break
+            package = spec.name if spec.submodule_search_locations is not None else spec.parent
+            module = importlib.util.resolve_name("." * bound.level + (bound.module or ""), package)
+            name = next(alias.name for alias in bound.names if name == (alias.asname or alias.name))
+    # This is only for show, and any source file may come by: no oddity in one may stop the listing.
+    except Exception:
+        pass
+    return None, None
+
+
+def _find_spec(module: str) -> ModuleSpec | None:
+    """Like `importlib.util.find_spec`, which however imports the parents of a submodule."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec
+
+
+def _binding(tree: ast.Module, name: str) -> ast.expr | ast.ImportFrom | None:
+    """What gives a module's global `name` its value, looking also into blocks such as `if TYPE_CHECKING:`."""
+    statements = [inner for outer in tree.body for inner in (outer.body if isinstance(outer, ast.If) else [outer])]
+    for statement in reversed(statements):
+        match statement:
+            case ast.Assign(targets=targets, value=value):
+                if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                    return value
+            case ast.AnnAssign(target=ast.Name(id=target), value=value) if target == name:
+                return value
+            case ast.ImportFrom(names=aliases) if any(name == (alias.asname or alias.name) for alias in aliases):
+                return statement
+    return None
+
+
+def _text(node: ast.expr | None) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+def _not_found(name: str, entries: list[_Entry]) -> AlgorithmNotFoundError:
+    spellings = {entry.point.name for entry in entries}
+    if ":" in name:
+        spellings = {f"{entry.distribution}:{entry.point.name}" for entry in entries}
+    close = difflib.get_close_matches(name, sorted(spellings), n=3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    typos = [str(unknown) for unknown in unknown_groups() if name.rpartition(":")[2] in unknown.names]
+    return AlgorithmNotFoundError(
+        "".join([f"No installed distribution registers the algorithm {name!r}.{hint}", *(f"\n  {t}" for t in typos)]),
+        mend="Run `trl-core list` to see what is installed, or install the distribution that registers it.",
+    )
+
+
+def _ambiguous(name: str, matches: list[_Entry]) -> AmbiguousAlgorithmError:
+    distributions = sorted({entry.distribution for entry in matches})
+    if len(distributions) > 1:
+        return AmbiguousAlgorithmError(
+            f"{len(distributions)} installed distributions register the algorithm {name!r}: "
+            f"{', '.join(distributions)}.",
+            mend=f"Write {' or '.join(repr(f'{d}:{name}') for d in distributions)}, or uninstall what you do not use.",
+        )
+    groups = " and ".join(sorted(entry.point.group for entry in matches))
+    return AmbiguousAlgorithmError(
+        f"{distributions[0]} {matches[0].version} registers the algorithm {name!r} {len(matches)} times, in {groups}.",
+        mend="Keep one of the lines in its pyproject.toml and install it again, or install another version of it.",
+    )
