@@ -26,12 +26,13 @@ PLUGIN_BUDGETS = {"trl_gfpo": 140}
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
-_CONTRACT = {"errors", "batch", "hookspecs"}
+_CONTRACT = {"errors", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "composition"}
 MAY_IMPORT = {
     "errors": set(),
     "algorithm": set(),
+    "options": {"errors"},
     "stability": {"errors", "algorithm"},
     "discovery": {"errors", "algorithm", "stability"},
     "batch": {"errors"},
