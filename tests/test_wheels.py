@@ -27,7 +27,7 @@ from trl_core.testing import tiny_model, tiny_tokenizer
 from trl_gfpo import GFPOConfig, GFPOTrainer
 
 def reward(completions, **_):
-    return [float(len(text) % 7) for text in completions]
+    return [float(row % 3) for row in range(len(completions))]
 
 model = tiny_model(seed=0)
 before = {name: value.detach().clone() for name, value in model.named_parameters()}
