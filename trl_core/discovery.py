@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterator
+from configparser import RawConfigParser
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
 
 import importlib_metadata
-from importlib_metadata import EntryPoint, PackageMetadata
+from importlib_metadata import PackageMetadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -29,6 +33,8 @@ GROUPS = {f"trl_core.{stability.value}": stability for stability in Stability}
 
 # Wider than what is valid, so that "trl-core.stable" is reported as a typo.
 _OURS = re.compile(r"trl[-_]core(\..*)?", re.IGNORECASE)
+_SECTION = re.compile(r"^\s*\[trl[-_]core", re.IGNORECASE | re.MULTILINE)
+_VALUE = re.compile(r"([\w.]+)\s*:\s*([\w.]+)\s*(?:\[.*\])?")
 # "+" and ":" have a meaning in the spelling of a composition.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _REEXPORTS = 3
@@ -76,7 +82,9 @@ class UnknownGroup:
 
 @dataclass(frozen=True)
 class _Entry:
-    point: EntryPoint
+    name: str
+    value: str
+    group: str
     distribution: str
     version: str
     metadata: PackageMetadata
@@ -104,7 +112,7 @@ def list_algorithms() -> list[AlgorithmInfo]:
         TRLCoreError: trl-core itself is not installed.
     """
     core = core_version()
-    infos = [_info(entry, core) for entry in _entries() if entry.point.group in GROUPS]
+    infos = [_info(entry, core) for entry in _entries() if entry.group in GROUPS]
     return sorted(infos, key=lambda info: (info.name, info.distribution, info.stability.value))
 
 
@@ -112,13 +120,12 @@ def unknown_groups() -> list[UnknownGroup]:
     """Entry-point groups of installed distributions that are probably misspelt."""
     names: dict[tuple[str, str], list[str]] = {}
     for entry in _entries():
-        if entry.point.group not in GROUPS:
-            names.setdefault((entry.point.group, entry.distribution), []).append(entry.point.name)
+        if entry.group not in GROUPS:
+            names.setdefault((entry.group, entry.distribution), []).append(entry.name)
     found = []
     for (group, distribution), registered in sorted(names.items()):
         # Compared without the common beginning, which alone would make any two groups look alike.
-        tags = [stability.value for stability in Stability]
-        close = difflib.get_close_matches(group.lower().rpartition(".")[2], tags, n=1)
+        close = difflib.get_close_matches(group.lower().rpartition(".")[2], list(Stability), n=1)
         suggestion = f"trl_core.{close[0]}" if close else None
         found.append(UnknownGroup(group, distribution, tuple(sorted(registered)), suggestion))
     return found
@@ -136,8 +143,8 @@ def find(name: str) -> AlgorithmInfo:
         TRLCoreError: trl-core itself is not installed.
     """
     distribution, _, short = name.strip().rpartition(":")
-    entries = [entry for entry in _entries() if entry.point.group in GROUPS]
-    matches = [entry for entry in entries if entry.point.name == short]
+    entries = [entry for entry in _entries() if entry.group in GROUPS]
+    matches = [entry for entry in entries if entry.name == short]
     if distribution:
         matches = [entry for entry in matches if entry.distribution == canonicalize_name(distribution)]
     if not matches:
@@ -158,26 +165,23 @@ def load(algorithm: str | AlgorithmInfo) -> Algorithm:
     update = f"Install another version of {info.distribution} or {CORE}, or tell the authors of {info.distribution}."
     if info.broken:
         raise BrokenAlgorithmError(f"{info} cannot be used: {info.broken}.", mend=update)
-    point = EntryPoint(info.name, info.value, "")
+    module, name = _split(info.value) or ("", "")
     try:
-        found = point.load()
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     # A plugin that calls sys.exit() while it is imported must not end the run without a word.
     except (Exception, SystemExit) as error:
         mend, missing = update, error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and missing.partition(".")[0] not in (point.module.partition(".")[0], __package__):
+        if missing and missing.partition(".")[0] not in (module.partition(".")[0], __package__):
             mend = f"Install what provides the module {missing!r}; often: pip install {missing.partition('.')[0]}"
-        raise BrokenAlgorithmError(
-            f"{info} cannot be imported.\n  {type(error).__name__}: {error}", mend=mend
-        ) from error
+        what = f"{info} cannot be imported.\n  {type(error).__name__}: {error}"
+        raise BrokenAlgorithmError(what, mend=mend) from error
     if not isinstance(found, Algorithm):
-        raise BrokenAlgorithmError(
-            f"{info} is an object of type {type(found).__name__!r}; expected a trl_core.Algorithm.", mend=update
-        )
-    if found.name != info.name:
-        raise BrokenAlgorithmError(
-            f"{info} calls itself {found.name!r}; expected the name of the entry point.", mend=update
-        )
-    return found
+        wrong = f"is an object of type {type(found).__name__!r}; expected a trl_core.Algorithm"
+    elif found.name != info.name:
+        wrong = f"calls itself {found.name!r}; expected the name of the entry point"
+    else:
+        return found
+    raise BrokenAlgorithmError(f"{info} {wrong}.", mend=update)
 
 
 # -- scanning ---------------------------------------------------------------------------------------------------------
@@ -188,35 +192,54 @@ def _entries() -> Iterator[_Entry]:
     """
     # A package that was installed a moment ago, by this very process perhaps, is to be seen.
     importlib.invalidate_caches()
-    names: set[str] = set()
-    for candidate in importlib_metadata.distributions():
-        try:
-            if any(_OURS.fullmatch(point.group) for point in candidate.entry_points):
-                names.add(canonicalize_name(candidate.metadata["Name"]))
-        except Exception:
-            continue
-    for name in sorted(names):
-        try:
-            # Asked for again by name: of two copies on the path it gives the one that counts, which need not be the
-            # one seen above, for the newer copy may have dropped its entry points.
-            distribution = importlib_metadata.distribution(name)
-            metadata = distribution.metadata
-            points = [point for point in distribution.entry_points if _OURS.fullmatch(point.group)]
-        except Exception:
-            continue
-        for point in points:
-            yield _Entry(point, name, metadata.get("Version") or "unknown", metadata)
+    candidates = (each for each in importlib_metadata.distributions() if _SECTION.search(_registered(each)))
+    for name in sorted({entry.distribution for each in candidates for entry in _read(each) or []}):
+        # Asked for again by name: of several copies on the path the first counts, which need not be the one found
+        # above, for it may register nothing.
+        copies = map(_read, importlib_metadata.distributions(name=name))
+        yield from next((entries for entries in copies if entries is not None), [])
+
+
+def _registered(distribution: Any) -> str:
+    try:
+        return distribution.read_text("entry_points.txt") or ""
+    except Exception:
+        return ""
+
+
+def _read(distribution: Any) -> list[_Entry] | None:
+    """Our entry points of a distribution; None if its metadata cannot be read."""
+    # Not `distribution.entry_points`: in some versions of importlib_metadata one bad value there raises for all.
+    parser = RawConfigParser(delimiters="=", strict=False)
+    parser.optionxform = str  # type: ignore[method-assign,assignment]
+    try:
+        metadata = distribution.metadata
+        name, version = canonicalize_name(metadata.get("Name")), metadata.get("Version") or "unknown"
+        parser.read_string(_registered(distribution))
+    except Exception:
+        return None
+    ours = [group for group in parser.sections() if _OURS.fullmatch(group)]
+    return [_Entry(*point, group, name, version, metadata) for group in ours for point in parser.items(group)]
+
+
+def _split(value: str) -> tuple[str, str] | None:
+    """Module and object of an entry point's value."""
+    if match := _VALUE.fullmatch(value):
+        module, name = match.groups()
+        if all(part.isidentifier() for part in f"{module}.{name}".split(".")):
+            return module, name
+    return None
 
 
 def _info(entry: _Entry, core: str) -> AlgorithmInfo:
-    summary, extends = _literals(entry.point)
+    summary, extends = _literals(entry.value)
     summary = summary or entry.metadata.get("Summary")
     return AlgorithmInfo(
-        name=entry.point.name,
-        stability=GROUPS[entry.point.group],
+        name=entry.name,
+        stability=GROUPS[entry.group],
         distribution=entry.distribution,
         version=entry.version,
-        value=entry.point.value,
+        value=entry.value,
         summary=" ".join(summary.split()) if summary else None,
         extends=extends,
         broken=_why_broken(entry, core),
@@ -224,15 +247,10 @@ def _info(entry: _Entry, core: str) -> AlgorithmInfo:
 
 
 def _why_broken(entry: _Entry, core: str) -> str | None:
-    if not _NAME.fullmatch(entry.point.name):
-        return f"its name {entry.point.name!r} has characters other than letters, digits, '_', '.' and '-'"
-    try:
-        module, attribute = entry.point.module, entry.point.attr
-    # What a value that does not match raises differs between versions of importlib_metadata.
-    except (ValueError, AttributeError):
-        module = attribute = ""
-    if not attribute or not all(part.isidentifier() for part in f"{module}.{attribute}".split(".")):
-        return f"its entry point {entry.point.value!r} is not of the form 'module:object'"
+    if not _NAME.fullmatch(entry.name):
+        return f"its name {entry.name!r} has characters other than letters, digits, '_', '.' and '-'"
+    if (where := _split(entry.value)) is None:
+        return f"its entry point {entry.value!r} is not of the form 'module:object'"
     for text in entry.metadata.get_all("Requires-Dist") or []:
         if canonicalize_name(re.split(r"[^\w.-]", text.strip(), maxsplit=1)[0]) != CORE:
             continue
@@ -243,7 +261,7 @@ def _why_broken(entry: _Entry, core: str) -> str | None:
             return f"its requirement {text!r} cannot be read"
         if applies and not requirement.specifier.contains(core, prereleases=True):
             return f"it requires {CORE}{requirement.specifier}, and {CORE} {core} is installed"
-    top = module.partition(".")[0]
+    top = where[0].partition(".")[0]
     try:
         missing = importlib.util.find_spec(top) is None
     except Exception:
@@ -252,16 +270,18 @@ def _why_broken(entry: _Entry, core: str) -> str | None:
 
 
 # -- reading the source instead of importing it -----------------------------------------------------------------------
-def _literals(point: EntryPoint) -> tuple[str | None, str | None]:
+def _literals(value: str) -> tuple[str | None, str | None]:
     """`summary` and `extends` of an exported `Algorithm(...)`, as far as its source says them literally."""
+    module, name = _split(value) or ("", "")
     try:
-        module, name = point.module, point.attr
         for _ in range(_REEXPORTS + 1):
             spec = _find_spec(module)
             if spec is None or spec.loader is None:
                 break
             source = spec.loader.get_source(spec.name)  # type: ignore[attr-defined]
-            bound = _binding(ast.parse(source), name)
+            # Python warns of some spellings when it compiles them; that is for whoever imports the plugin.
+            with warnings.catch_warnings(action="ignore"):
+                bound = _binding(ast.parse(source), name)
             if isinstance(bound, ast.Call) and ast.unparse(bound.func).rpartition(".")[2] == "Algorithm":
                 given = dict(zip(("name", "summary", "extends"), bound.args, strict=False))
                 given |= {keyword.arg: keyword.value for keyword in bound.keywords if keyword.arg}
@@ -309,14 +329,12 @@ def _text(node: ast.expr | None) -> str | None:
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 def _not_found(name: str, entries: list[_Entry]) -> AlgorithmNotFoundError:
-    spellings = {entry.point.name for entry in entries}
-    if ":" in name:
-        spellings = {f"{entry.distribution}:{entry.point.name}" for entry in entries}
-    close = difflib.get_close_matches(name, sorted(spellings), n=3)
+    spellings = {f"{entry.distribution}:{entry.name}" if ":" in name else entry.name for entry in entries}
+    close = difflib.get_close_matches(name.lower(), sorted(spellings), n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    typos = [str(unknown) for unknown in unknown_groups() if name.rpartition(":")[2] in unknown.names]
+    typos = "".join(f"\n  {unknown}" for unknown in unknown_groups() if name.rpartition(":")[2] in unknown.names)
     return AlgorithmNotFoundError(
-        "".join([f"No installed distribution registers the algorithm {name!r}.{hint}", *(f"\n  {t}" for t in typos)]),
+        f"No installed distribution registers the algorithm {name!r}.{hint}{typos}",
         mend="Run `trl-core list` to see what is installed, or install the distribution that registers it.",
     )
 
@@ -324,12 +342,12 @@ def _not_found(name: str, entries: list[_Entry]) -> AlgorithmNotFoundError:
 def _ambiguous(name: str, matches: list[_Entry]) -> AmbiguousAlgorithmError:
     distributions = sorted({entry.distribution for entry in matches})
     if len(distributions) > 1:
+        spellings = " or ".join(repr(f"{distribution}:{name}") for distribution in distributions)
         return AmbiguousAlgorithmError(
-            f"{len(distributions)} installed distributions register the algorithm {name!r}: "
-            f"{', '.join(distributions)}.",
-            mend=f"Write {' or '.join(repr(f'{d}:{name}') for d in distributions)}, or uninstall what you do not use.",
+            f"{len(distributions)} installed distributions register the algorithm {name!r}.",
+            mend=f"Write {spellings}, or uninstall what you do not use.",
         )
-    groups = " and ".join(sorted(entry.point.group for entry in matches))
+    groups = " and ".join(sorted(entry.group for entry in matches))
     return AmbiguousAlgorithmError(
         f"{distributions[0]} {matches[0].version} registers the algorithm {name!r} {len(matches)} times, in {groups}.",
         mend="Keep one of the lines in its pyproject.toml and install it again, or install another version of it.",

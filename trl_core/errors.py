@@ -31,7 +31,7 @@ class AmbiguousAlgorithmError(TRLCoreError, LookupError):
 
 
 class BrokenAlgorithmError(TRLCoreError, ImportError):
-    """The plugin is installed but cannot be used: it fails to import, exports the wrong object or excludes this core."""
+    """The plugin is installed but unusable: it fails to import, exports the wrong object or excludes this core."""
 
 
 class StabilityError(TRLCoreError):

@@ -1,0 +1,71 @@
+"""Group Filtered Policy Optimization (arXiv 2508.09726) on the hooks `keep` and `advantages`."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_core import Algorithm, HookContext, Rollouts, hookimpl, option, require_choice
+from trl_core.stages import group_advantages
+
+from .adaptive import AdaptiveOptions, Difficulty
+from .filters import check_remaining, find_filter, group_scores
+
+
+@dataclass
+class GFPOOptions(AdaptiveOptions):
+    """What GFPO adds to the options of GRPO."""
+
+    num_remains_in_group: int | None = option(None, "k, completions of a group to train on; None: all.")
+    gfpo_denominator: str = option("kept", "Count tokens (and KL) of 'kept' rows, or of 'all' as in the paper.")
+    gfpo_std: str = option("sample", "Standard deviation of kept rewards: 'sample', or 'population' as in the paper.")
+
+
+class GFPO(Difficulty):
+    """The hooks of GFPO."""
+
+    def __init__(self, context: HookContext) -> None:
+        super().__init__(context.args)
+        self.context = context
+        self.filter = find_filter(context.arguments["group_filter_func"])
+        self.kept: Tensor | None = None
+        require_choice(self.args, "gfpo_denominator", ("kept", "all"))
+        require_choice(self.args, "gfpo_std", ("sample", "population"))
+        self.active = check_remaining(self.levels, self.args.num_generations, self.filter)
+
+    @hookimpl
+    def keep(self, rollouts: Rollouts) -> Tensor:
+        """The k highest scores of each group; ties go to the earlier row, rows without reward come last."""
+        if not self.active:
+            return torch.ones(rollouts.num_rows, dtype=torch.bool)
+        rewards = rollouts.by_group(rollouts.reward)
+        scores = group_scores(self.filter, rollouts).masked_fill(rewards.isnan(), -torch.inf)
+        ranks = torch.argsort(scores, dim=1, descending=True, stable=True).argsort(1)
+        k = self.remaining(rewards.nanmean(1))
+        self.kept = rollouts.flat(ranks < k[:, None])
+        self.context.log("gfpo/reward_all", rollouts.reward.nanmean())
+        self.context.log("gfpo/kept_fraction", self.kept.float().mean())
+        self.context.log("gfpo/mean_kept_length", rollouts.completion_lengths[self.kept].float().mean())
+        self.context.log("gfpo/k_mean", k.float().mean())
+        return self.kept | (self.args.gfpo_denominator == "all")
+
+    @hookimpl(wrapper=True)
+    def advantages(self, rollouts: Rollouts, keep: Tensor) -> Generator[None, Tensor, Tensor]:
+        """The core's answer on the kept rows, unless an option follows the paper."""
+        result = yield
+        paper = self.args.gfpo_denominator == "all" or self.args.gfpo_std == "population"
+        if not paper or self.kept is None or not self.context.training:
+            return result
+        correction = 0 if self.args.gfpo_std == "population" else 1
+        return group_advantages(rollouts, rollouts.reward, self.kept & keep, self.args.scale_rewards, correction)
+
+
+algorithm = Algorithm(
+    name="gfpo",
+    summary="Sample more, keep the best of each group by a filter, train on those.",
+    extends="grpo",
+    config=GFPOOptions,
+    hooks=GFPO,
+    arguments={"group_filter_func": "function(group_completions, group_rewards, ...) -> scores, or a built-in's name"},
+)

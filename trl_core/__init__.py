@@ -1,0 +1,75 @@
+"""A plugin framework for post-training language models.
+
+Public names, resolved on first use: `import trl_core` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Algorithm": "algorithm",
+    "AlgorithmInfo": "discovery",
+    "Generated": "batch",
+    "HookContext": "hookspecs",
+    "OnlineConfig": "training.config",
+    "OnlineTrainer": "training.online",
+    "Prompts": "batch",
+    "Rollouts": "batch",
+    "Samples": "batch",
+    "Sampling": "batch",
+    "Stability": "stability",
+    "get_config": "composition",
+    "get_trainer": "composition",
+    "hookimpl": "hookspecs",
+    "list_algorithms": "discovery",
+    "option": "options",
+    "require": "options",
+    "require_choice": "options",
+    "TRLDeprecationWarning": "errors",
+    "TRLExperimentalWarning": "errors",
+}
+_ALGORITHMS = {"GRPOConfig": ("config", "trl-core:grpo"), "GRPOTrainer": ("trainer", "trl-core:grpo")}
+
+__all__ = sorted([*_HOMES, *_ALGORITHMS, "errors"])
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from .algorithm import Algorithm as Algorithm
+    from .algorithms.grpo import GRPOConfig as GRPOConfig
+    from .batch import Generated as Generated
+    from .batch import Prompts as Prompts
+    from .batch import Rollouts as Rollouts
+    from .batch import Samples as Samples
+    from .batch import Sampling as Sampling
+    from .composition import get_config as get_config
+    from .composition import get_trainer as get_trainer
+    from .discovery import AlgorithmInfo as AlgorithmInfo
+    from .discovery import list_algorithms as list_algorithms
+    from .hookspecs import HookContext as HookContext
+    from .hookspecs import hookimpl as hookimpl
+    from .options import option as option
+    from .options import require as require
+    from .options import require_choice as require_choice
+    from .stability import Stability as Stability
+    from .training.config import OnlineConfig as OnlineConfig
+    from .training.online import OnlineTrainer as GRPOTrainer  # noqa: F401
+    from .training.online import OnlineTrainer as OnlineTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _ALGORITHMS:
+        kind, algorithm = _ALGORITHMS[name]
+        return getattr(importlib.import_module(f"{__name__}.composition"), f"get_{kind}")(algorithm)
+    if name == "errors":
+        return importlib.import_module(f"{__name__}.errors")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

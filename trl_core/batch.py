@@ -1,0 +1,283 @@
+"""Rows of generated text in a flat layout: the one form in which data travels between the steps.
+
+Legend, used in every shape of this project:
+    P  prompts of a generation batch        G  completions of one prompt (a *group*; its rows are adjacent)
+    N  rows, one per completion             R  reward functions
+    Q  prompt tokens of all rows            C  completion tokens of all rows
+    T  loss tokens of all rows: the completion tokens that enter the loss (`T <= C`: tool output and masked
+       truncated rows do not)
+
+Nothing here is padded, so no hook ever needs a mask: a `(T,)` tensor holds the loss tokens of row 0, then of row 1, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .errors import HookResultError
+
+
+def _axis(name: str, *, default: Any = None, optional: bool = False) -> Any:
+    """Field whose first dimension is `name`: "row" (N), "prompt" (Q), "completion" (C) or "loss" (T)."""
+    if optional:
+        return field(default=default, metadata={"axis": name})
+    return field(metadata={"axis": name})
+
+
+def _ragged_index(lengths: Tensor, rows: Tensor) -> Tensor:
+    """Positions, in a flat tensor of rows with these lengths, of all entries of `rows`, in the order of `rows`."""
+    starts = torch.cumsum(lengths, 0) - lengths
+    chosen = lengths[rows]
+    within = torch.arange(int(chosen.sum()), device=lengths.device)
+    within = within - torch.repeat_interleave(torch.cumsum(chosen, 0) - chosen, chosen)
+    return torch.repeat_interleave(starts[rows], chosen) + within
+
+
+@dataclass(eq=False, kw_only=True)
+class TokenRows:
+    """Prompt and completion tokens of N rows, with the helpers every step uses."""
+
+    prompt_ids: Tensor = _axis("prompt")
+    """(Q,) int64, prompt tokens."""
+    prompt_lengths: Tensor = _axis("row")
+    """(N,) int64, prompt tokens of each row."""
+    completion_ids: Tensor = _axis("completion")
+    """(C,) int64, sampled tokens, the terminator included; never re-tokenised text."""
+    completion_lengths: Tensor = _axis("row")
+    """(N,) int64, completion tokens of each row."""
+    loss_mask: Tensor = _axis("completion")
+    """(C,) bool, which completion tokens enter the loss."""
+    group: Tensor = _axis("row")
+    """(N,) int64, number of the prompt in the generation batch; rows of a group are adjacent."""
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.completion_lengths.numel()
+
+    @property
+    def row_of_completion_token(self) -> Tensor:
+        """(C,) int64, the row each completion token belongs to."""
+        rows = torch.arange(self.num_rows, device=self.completion_lengths.device)
+        return torch.repeat_interleave(rows, self.completion_lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) int64, loss tokens of each row."""
+        counts = torch.zeros_like(self.completion_lengths)
+        return counts.index_add_(0, self.row_of_completion_token, self.loss_mask.long())
+
+    @property
+    def row_of_token(self) -> Tensor:
+        """(T,) int64, the row each loss token belongs to."""
+        return self.row_of_completion_token[self.loss_mask]
+
+    # -- between rows, tokens and groups --------------------------------------------------------------------------
+    def sum_per_row(self, values: Tensor) -> Tensor:
+        """(T,) to (N,): sum over the loss tokens of each row; 0 for a row without any."""
+        return values.new_zeros(self.num_rows).index_add(0, self.row_of_token, values)
+
+    def mean_per_row(self, values: Tensor) -> Tensor:
+        """(T,) to (N,): mean over the loss tokens of each row; 0 for a row without any."""
+        return self.sum_per_row(values) / self.lengths.clamp(min=1)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """(N,) to (T,): each row's value at each of its loss tokens.
+
+        A tensor of shape (T,) or (T, 1) is taken to be per token already; where N = T, the shape (N,) means per row.
+
+        Raises:
+            HookResultError: `values` has neither N nor T entries.
+        """
+        rows = self.row_of_token
+        if values.shape == (self.num_rows,):
+            return values[rows]
+        if values.shape in (rows.shape, (rows.numel(), 1)):
+            return values.reshape(-1)
+        raise HookResultError(
+            f"A tensor of shape {tuple(values.shape)} is neither per row ({self.num_rows},) nor per loss token "
+            f"({rows.numel()},).",
+            mend="Return one value per row or one per loss token.",
+        )
+
+    def by_group(self, values: Tensor, fill: float = float("nan")) -> Tensor:
+        """(N,) to (P, G): one line per group; groups with fewer rows than the largest are filled with `fill`."""
+        line, column, shape = self._group_places()
+        grid = values.new_full(shape, fill)
+        grid[line, column] = values
+        return grid
+
+    def flat(self, grid: Tensor) -> Tensor:
+        """(P, G) to (N,): the inverse of `by_group`."""
+        line, column, _ = self._group_places()
+        return grid[line, column]
+
+    def _group_places(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        _, line, counts = torch.unique_consecutive(self.group, return_inverse=True, return_counts=True)
+        starts = torch.cumsum(counts, 0) - counts
+        column = torch.arange(self.num_rows, device=self.group.device) - starts[line]
+        return line, column, (counts.numel(), int(counts.max()) if counts.numel() else 0)
+
+    # -- selecting and joining rows -------------------------------------------------------------------------------
+    def _lengths_on(self, axis: str) -> Tensor:
+        if axis == "row":
+            return torch.ones_like(self.completion_lengths)
+        return {"prompt": self.prompt_lengths, "completion": self.completion_lengths, "loss": self.lengths}[axis]
+
+    def take(self, rows: Tensor | Sequence[int]) -> Self:
+        """The given rows (indices into N), in that order, with everything that belongs to them."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.completion_lengths.device)
+        chosen: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and "axis" in f.metadata:
+                value = value[_ragged_index(self._lengths_on(f.metadata["axis"]), rows)]
+            elif isinstance(value, list):
+                value = [value[i] for i in rows.tolist()]
+            elif isinstance(value, dict):
+                value = {key: [column[i] for i in rows.tolist()] for key, column in value.items()}
+            chosen[f.name] = value
+        return type(self)(**chosen)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self]) -> Self:
+        """Rows of all parts, one after the other. A field that is None in one part must be None in all."""
+        joined: dict[str, Any] = {}
+        for f in fields(cls):
+            values = [getattr(part, f.name) for part in parts]
+            if isinstance(values[0], Tensor) and "axis" in f.metadata:
+                joined[f.name] = torch.cat(values)
+            elif isinstance(values[0], list):
+                joined[f.name] = [item for value in values for item in value]
+            elif isinstance(values[0], dict):
+                joined[f.name] = {key: [item for value in values for item in value[key]] for key in values[0]}
+            else:
+                joined[f.name] = values[0]
+        return cls(**joined)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields that are set, for example to save them."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `tensors`."""
+        return cls(**tensors)
+
+    def validate(self) -> Self:
+        """Check that all sizes agree.
+
+        Raises:
+            HookResultError: a field has another size than its axis.
+        """
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, Tensor | list) or "axis" not in f.metadata:
+                continue
+            size = int(self._lengths_on(f.metadata["axis"]).sum())
+            if len(value) != size:
+                raise HookResultError(
+                    f"{type(self).__name__}.{f.name} has {len(value)} entries; expected {size}, one per "
+                    f"{f.metadata['axis']}{'' if f.metadata['axis'] == 'row' else ' token'}.",
+                    mend="Return the batch with all of its fields changed alike; `take` and `concat` do so.",
+                )
+        return self
+
+
+@dataclass(eq=False, kw_only=True)
+class Prompts:
+    """What the generation backend is asked for: one row per completion wanted, rows of a group adjacent."""
+
+    ids: list[list[int]]
+    """N token lists, without padding."""
+    raw: list[Any]
+    """N prompts as the user gave them: a string or a list of messages."""
+    group: Tensor
+    """(N,) int64, number of the prompt in the generation batch."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(eq=False, kw_only=True)
+class Sampling:
+    """How to sample; the names are those of `transformers.GenerationConfig`."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    """Every token that ends a completion: the tokenizer's and the generation config's."""
+    pad_token_id: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    """`generation_kwargs` of the configuration."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Generated:
+    """What a generation backend returns for N rows."""
+
+    completion_ids: list[list[int]]
+    """N token lists, terminator included when one was sampled."""
+    prompt_ids: list[list[int]] | None = None
+    """N token lists when the backend tokenises itself; None keeps the ids it was given."""
+    logps: list[list[float]] | None = None
+    """N lists: the sampler's log-probability of each token, after temperature and filters, in nats."""
+    loss_mask: list[list[bool]] | None = None
+    """N lists: False at tokens that were not sampled (tool output)."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Rollouts(TokenRows):
+    """Generated rows with their prompts, texts and rewards."""
+
+    prompts: list[Any] = _axis("row")
+    """N prompts as the user gave them."""
+    completions: list[Any] = _axis("row")
+    """N completions in the user's form: text, or `[{"role": "assistant", "content": text}]`."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """The dataset's other columns, N values each."""
+    truncated: Tensor = _axis("row")
+    """(N,) bool, the row does not end with a terminator."""
+    sampling_logps: Tensor | None = _axis("completion", optional=True)
+    """(C,) the sampler's log-probabilities, when the backend reports them."""
+    rewards: Tensor = _axis("row", optional=True)
+    """(N, R) one column per reward function; NaN where it gave no score. Not set before `score` has run."""
+    reward: Tensor = _axis("row", optional=True)
+    """(N,) weighted sum over the functions that scored the row; NaN for a row that none scored."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Samples(TokenRows):
+    """Rows to train on: tokens, advantages and the log-probabilities the loss compares with."""
+
+    advantages: Tensor = _axis("loss")
+    """(T,) advantage of each loss token; a row's own value repeated where the algorithm gives one per row."""
+    position: Tensor = _axis("row")
+    """(N,) int64, place of the row in the generation batch; decides the optimizer step it is used in."""
+    reward: Tensor = _axis("row")
+    """(N,) row rewards, NaN for unscorable rows."""
+    old_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) under the policy that generated the row. In the loss hooks it is always set: where the policy has not
+    moved since, the trainer fills in the current values without gradient."""
+    ref_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) under the reference model, when the algorithm uses one."""
+    sampling_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) as reported by the generation backend, when it does."""
+    entropy: Tensor | None = _axis("loss", optional=True)
+    """(T,) entropy of the current policy at each token, in nats; set in the loss hooks."""

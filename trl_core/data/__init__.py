@@ -1,0 +1,1 @@
+"""Datasets: formats, rendering, checks."""

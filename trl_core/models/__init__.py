@@ -1,0 +1,1 @@
+"""Models: loading, log-probabilities, reference models."""

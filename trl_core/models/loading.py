@@ -1,0 +1,132 @@
+"""Policies, tokenizers and adapters from what users pass."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_peft_available
+
+from ..errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def load_policy(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> nn.Module:
+    """A causal language model from a Hub id, a folder or a module.
+
+    Weights are loaded in float32 unless `init_kwargs["dtype"]` says otherwise.
+
+    Raises:
+        ConfigError: `init_kwargs` are given with a module, or the name cannot be loaded.
+    """
+    if not isinstance(model, str):
+        if init_kwargs:
+            raise ConfigError(
+                "`model_init_kwargs` are set but `model` is already a module.",
+                mend="Pass the model's id or path, or remove model_init_kwargs.",
+            )
+        return model
+    kwargs = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+    if kwargs["dtype"] is torch.bfloat16 and not torch.cuda.is_available():
+        logger.warning("bfloat16 weights on a CPU without AMX or AVX-512 are extremely slow; float32 is the default.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The model {model!r} cannot be loaded: {error}",
+            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object.",
+        ) from error
+
+
+def load_tokenizer(processing_class: Any, model: nn.Module, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or the one saved beside the model; its pad token falls back to the terminator.
+
+    Raises:
+        ConfigError: there is none, or it has neither pad nor end-of-sequence token.
+    """
+    tokenizer: Any = processing_class
+    if tokenizer is None:
+        source = getattr(getattr(model, "config", None), "_name_or_path", "")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"No tokenizer was passed and none can be loaded from {source!r}.", mend="Pass processing_class=...."
+            ) from error
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # the text side of a processor
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "The tokenizer has neither a pad token nor an end-of-sequence token.",
+                mend="Set processing_class.eos_token (and preferably pad_token).",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def terminators(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's, and those of the model's generation config."""
+    generation_config = getattr(model, "generation_config", None)
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.insert(0, tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(ids))
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """How many tokens the model can hold, or None if it says nothing."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return None
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward has this argument."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set the probability of every dropout module to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether the model is a `peft.PeftModel`; peft need not be installed."""
+    if not is_peft_available():
+        return False
+    return isinstance(model, importlib.import_module("peft").PeftModel)
+
+
+def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> Any:
+    """Wrap the model in a new adapter, or return it unchanged when `peft_config` is None.
+
+    Raises:
+        ConfigError: peft is not installed, or the model already carries an adapter.
+    """
+    if peft_config is None:
+        return model
+    if not is_peft_available():
+        raise ConfigError("`peft_config` is set but peft is not installed.", mend="pip install 'trl-core[peft]'")
+    if is_peft(model):
+        raise ConfigError(
+            "`peft_config` is set but the model already carries an adapter.",
+            mend="Pass the base model, or leave peft_config out to continue the existing adapter.",
+        )
+    if gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # a frozen embedding would cut the graph at the first checkpoint
+    adapted: nn.Module = importlib.import_module("peft").get_peft_model(model, peft_config)
+    return adapted

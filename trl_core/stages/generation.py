@@ -1,0 +1,67 @@
+"""Sampling completions with `transformers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from ..batch import Generated, Prompts, Sampling
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = None) -> Generated:
+    """One completion per row with `model.generate`, in evaluation mode.
+
+    Args:
+        model: the bare policy (a custom `generate` of its class is used).
+        prompts: N rows.
+        sampling: how to sample; `sampling.extra` may hold any option of `transformers.GenerationConfig`.
+        tokenizer: needed for `stop_strings` only.
+    """
+    if not len(prompts):
+        return Generated(completion_ids=[])
+    device = next(model.parameters()).device
+    ids = [torch.tensor(row, device=device) for row in prompts.ids]
+    padded = pad_sequence(ids, batch_first=True, padding_value=sampling.pad_token_id, padding_side="left")
+    lengths = torch.tensor([len(row) for row in prompts.ids], device=device)
+    mask = (torch.arange(padded.shape[1], device=device)[None] >= padded.shape[1] - lengths[:, None]).long()
+    options: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "eos_token_id": list(sampling.eos_token_ids) or None,
+        "pad_token_id": sampling.pad_token_id,
+        **sampling.extra,
+    }
+    kwargs = {"tokenizer": tokenizer} if options.get("stop_strings") else {}
+    config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
+    training = model.training
+    model.eval()
+    try:
+        output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **kwargs)
+    finally:
+        model.train(training)
+    rows = output[:, padded.shape[1] :]
+    return Generated(completion_ids=cut(rows, sampling.eos_token_ids, sampling.pad_token_id))
+
+
+def cut(rows: Tensor, eos_token_ids: tuple[int, ...], pad_token_id: int) -> list[list[int]]:
+    """Each row up to and including its first terminator; without one, without trailing padding."""
+    ends = torch.isin(rows, torch.tensor(eos_token_ids, device=rows.device, dtype=rows.dtype))
+    completions = []
+    for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
+        if True in end:
+            row = row[: end.index(True) + 1]
+        else:
+            while row and row[-1] == pad_token_id:
+                row.pop()
+        completions.append(row)
+    return completions

@@ -1,0 +1,1 @@
+"""The training loop on `transformers.Trainer`: configuration, state, metrics, base and online trainers."""

@@ -1,0 +1,415 @@
+"""What every trainer does: hooks, model, tokenizer, reference, checkpoints, provenance, non-finite losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..composition import Composition
+from ..discovery import core_version
+from ..errors import CheckpointError, ConfigError, NonFiniteLossError, OutputDirError
+from ..hookspecs import HookContext, hookimpl
+from ..models.loading import (
+    add_adapter,
+    disable_dropout,
+    is_peft,
+    load_policy,
+    load_tokenizer,
+    terminators,
+)
+from ..models.reference import ReferenceModel, mix_into
+from .metrics import Metrics
+from .state import check_origin, newest_complete, read_manifest, read_state, write_manifest, write_tensors
+
+logger = logging.getLogger(__name__)
+REFERENCE_FILE = "reference.safetensors"
+_COMPARED_ON_RESUME = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
+
+
+class DefaultHooks:
+    """Answers where no algorithm does."""
+
+    def __init__(self, trainer: CoreTrainer) -> None:
+        self.trainer = trainer
+
+    @hookimpl
+    def reference_logps(self, samples: Any) -> Tensor:
+        """Under the trainer's reference model."""
+        assert self.trainer.reference is not None
+        args = self.trainer.args
+        return self.trainer.reference.logps(
+            samples,
+            batch_size=args.per_device_train_batch_size,
+            pad_token_id=self.trainer.pad_token_id,
+            temperature=getattr(args, "temperature", 1.0),
+        )
+
+    @hookimpl
+    def after_step(self, step: int, policy: nn.Module, reference: nn.Module | None) -> None:
+        """TR-DPO: every `ref_model_sync_steps` the reference moves towards the policy."""
+        args = self.trainer.args
+        if getattr(args, "sync_ref_model", False) and reference is not None and step % args.ref_model_sync_steps == 0:
+            mix_into(reference, policy, args.ref_model_mixup_alpha)
+
+
+class _AfterStep(TrainerCallback):
+    """Relays the end of an optimizer step to the `after_step` hooks."""
+
+    def __init__(self, trainer: CoreTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        reference = trainer.reference.module if trainer.reference is not None else None
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        trainer.hooks.call.after_step(step=state.global_step, policy=policy, reference=reference)
+
+
+class CoreTrainer(Trainer):
+    """Base of the trainers; made concrete by a composition of algorithms (see `trl_core.get_trainer`).
+
+    Args:
+        model: id, path or module of a causal language model.
+        args: configuration of the class `get_config` returns for the same algorithm; default values when None.
+        train_dataset, eval_dataset: `datasets.Dataset` or `IterableDataset` (evaluation also a dict of them).
+        processing_class: tokenizer; default: the one saved beside the model.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: train a new adapter (needs peft).
+        providers: further hook providers by name.
+        arguments: values for `Algorithm.arguments` of the composed algorithms.
+
+    Raises:
+        ConfigError, DatasetError, OutputDirError, PluginConflict: before any model is loaded where possible.
+    """
+
+    composition: ClassVar[Composition]
+    args: Any
+    model: Any
+    processing_class: Any
+    default_hooks: ClassVar[type[DefaultHooks]] = DefaultHooks
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        providers: dict[str, object] | None = None,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        args = self._checked_args(args)
+        self.context = HookContext(args, self._checked_arguments(arguments or {}))
+        self.metrics = Metrics()
+        self.hooks = self.composition.instantiate(self.context, self.default_hooks(self), providers)
+        check_output_dir(args.output_dir)
+        self.check_datasets(train_dataset, eval_dataset, None, None, args)
+
+        set_seed(args.seed)
+        policy = load_policy(model, args.model_init_kwargs, args.trust_remote_code)
+        tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
+        self.terminators = terminators(tokenizer, policy)
+        self.pad_token_id: int = tokenizer.pad_token_id
+        policy = add_adapter(policy, peft_config, args.activation_checkpointing)
+        if args.disable_dropout:
+            disable_dropout(policy)
+        self.reference = self._make_reference(policy, args, new_adapter=peft_config is not None)
+        self._resume: tuple[str, dict[str, Any]] | None = None
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=cast(Any, _as_is),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # The aggregation already weights tokens for accumulation; the loop must not divide again.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = True
+        if self.reference is not None and self.reference.module is not None:
+            self.reference.module = self.accelerator.prepare_model(self.reference.module, evaluation_mode=True)
+        # Sampling must differ between processes; everything else is seeded on its own.
+        set_seed(args.seed, device_specific=True)
+        self.context.processing_class = tokenizer
+        self.context.num_processes = self.accelerator.num_processes
+        self.context.process_index = self.accelerator.process_index
+        self.context._log = self._record
+        self.context._gather = self._gather_flat
+        self.add_callback(_AfterStep(self))
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+    def _checked_args(self, args: Any) -> Any:
+        expected = self.composition.config_class
+        if args is None:
+            return expected(output_dir=f"{self.composition.name.replace('+', '-')}-output")
+        if not all(hasattr(args, f.name) for f in dataclasses.fields(expected)):
+            raise ConfigError(
+                f"args is a {type(args).__name__}, which lacks options of {self.composition.name!r}.",
+                mend=f"Make it with trl_core.get_config({self.composition.name!r})(...).",
+            )
+        return args
+
+    def _checked_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        known = self.composition.arguments
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            allowed = f" Beyond the common ones it takes: {', '.join(known)}." if known else ""
+            raise ConfigError(
+                f"The trainer of {self.composition.name!r} takes no argument {unknown[0]!r}.{allowed}",
+                mend="Options belong into args; check the spelling of the argument.",
+            )
+        return {name: given.get(name) for name in known}
+
+    def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
+        """Check the datasets; called before loading with `model` and `tokenizer` None, and again with both."""
+
+    def _make_reference(self, policy: nn.Module, args: Any, *, new_adapter: bool) -> ReferenceModel | None:
+        uses = getattr(args, "uses_reference", False)
+        if getattr(args, "sync_ref_model", False):
+            if not uses:
+                raise ConfigError(
+                    "sync_ref_model=True, but no reference model is used.", mend="Set beta > 0, or leave it off."
+                )
+            if is_peft(policy):
+                raise ConfigError(
+                    "sync_ref_model=True with an adapter: the reference is the model without it and cannot move.",
+                    mend="Leave sync_ref_model off, or train all weights.",
+                )
+        return ReferenceModel(policy, new_adapter=new_adapter) if uses else None
+
+    # -- processes and metrics ------------------------------------------------------------------------------------
+    @property
+    def mode(self) -> str:
+        """Which metrics are being collected: "train" or "eval"."""
+        return "train" if self.context.training else "eval"
+
+    def _record(self, name: str, value: Any, weight: Any = 1.0, reduce: str = "mean") -> None:
+        self.metrics.record(self.mode, name, value, weight, reduce)
+
+    def _gather_flat(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        parts: list[Tensor] = gather_object([values.cpu()])
+        return torch.cat(parts).to(values.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the collected metrics to a log line of training."""
+        evaluation = any(name.startswith("eval_") for name in logs)
+        if not evaluation:
+            logs = {**logs, **self.metrics.drain("train")}
+        super().log(logs, start_time)
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated: the rows of a step are not known when the loop asks."""
+        return 0
+
+    def guard_loss(self, loss: Tensor, describe_rows: Callable[[], list[dict[str, Any]]]) -> Tensor:
+        """Return the loss if it is finite in every process; otherwise write the rows to disk and stop or skip.
+
+        Raises:
+            NonFiniteLossError: with `on_nonfinite_loss="stop"`.
+        """
+        bad = not bool(torch.isfinite(loss))
+        if self.accelerator.num_processes > 1:
+            bad_anywhere = any(gather_object([bad]))
+        else:
+            bad_anywhere = bad
+        if not bad_anywhere:
+            return loss
+        rank = self.accelerator.process_index
+        path = Path(self.args.output_dir) / "nonfinite" / f"step-{self.state.global_step + 1}-process-{rank}.json"
+        rows = describe_rows()
+        if bad:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"loss": str(loss.item()), "rows": rows}, indent=1, default=str))
+        if self.args.on_nonfinite_loss == "stop":
+            raise NonFiniteLossError(
+                f"The loss at step {self.state.global_step + 1} is {loss.item()}; the {len(rows)} rows of the "
+                f"micro-batch are in {path}.",
+                mend="Lower the learning rate, look at the rows, or set on_nonfinite_loss='skip'.",
+            )
+        logger.warning("Skipped a micro-batch with a non-finite loss at step %d.", self.state.global_step + 1)
+        self._record("skipped_nonfinite", 1.0)
+        # A zero that reaches every trained parameter, so that gradient reduction still finds all of them.
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        return torch.stack([p.reshape(-1)[0].float() * 0 for p in trained]).sum()
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def state_of_run(self) -> dict[str, Any]:
+        """State beyond model, optimizer, scheduler and random numbers: nested dicts of tensors and JSON values."""
+        return {"hooks": self.hooks.state_dict()}
+
+    def load_state_of_run(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_of_run`."""
+        self.hooks.load_state_dict(state["hooks"])
+
+    def resume_options(self) -> dict[str, Any]:
+        """The options a resumed run must share with the one that wrote the checkpoint."""
+        common = {f.name for f in dataclasses.fields(TrainingArguments)}
+        own = [
+            f.name
+            for f in dataclasses.fields(self.args)
+            if f.metadata.get("resume", True) and (f.name not in common or f.name in _COMPARED_ON_RESUME)
+        ]
+        return {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints go only after this one is known to be complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.reference is not None and self.reference.module is not None:
+                weights = self.accelerator.unwrap_model(self.reference.module).state_dict()
+                save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / REFERENCE_FILE)
+            plain = write_tensors(folder, self.state_of_run())
+            record = {
+                "trl_core": core_version(),
+                "composition": self.composition.provenance(),
+                "options": json.loads(json.dumps(self.resume_options(), default=str)),
+                "state": plain,
+            }
+            write_manifest(folder, record)
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `output_dir`.
+            trial: as in `transformers.Trainer.train`.
+            ignore_keys_for_eval: likewise.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint, or it is from another algorithm or other options.
+        """
+        self._resume = None
+        if resume_from_checkpoint:
+            folder = self._find_checkpoint(resume_from_checkpoint)
+            record = read_manifest(folder)
+            difference = check_origin(record, self.composition.provenance(), self.resume_options())
+            if difference and self.args.resume_check == "strict":
+                raise CheckpointError(
+                    f"{folder.name} was written with other options ({difference}).",
+                    mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
+                )
+            if difference:
+                logger.warning("Resuming %s with other options: %s.", folder.name, difference)
+            self._resume = (str(folder), record)
+            resume_from_checkpoint = str(folder)
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+
+    def _find_checkpoint(self, given: str | bool) -> Path:
+        if given is not True:
+            return Path(str(given))
+        newest = newest_complete(self.args.output_dir)
+        if newest is None:
+            raise CheckpointError(
+                f"There is no complete checkpoint in {self.args.output_dir!r}.",
+                mend="Start without resume_from_checkpoint, or point it to a checkpoint folder.",
+            )
+        return newest
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self._resume is not None:
+            folder, record = self._resume
+            self.load_state_of_run(read_state(folder, record))
+            if self.reference is not None and self.reference.module is not None:
+                weights = load_file(Path(folder) / REFERENCE_FILE, device=str(self.args.device))
+                self.accelerator.unwrap_model(self.reference.module).load_state_dict(weights)
+        return prepared
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # The loop pickles its arguments; nothing reads them, and they are kept as JSON instead.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string())
+            (folder / "README.md").write_text(self.model_card())
+
+    # -- provenance -----------------------------------------------------------------------------------------------
+    def model_card(self) -> str:
+        """A model card that records what trained the model."""
+        base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""
+        lines = ["---", "library_name: transformers", "tags: [trl-core, " + ", ".join(self._names()) + "]", "---", ""]
+        lines += [f"# Trained with trl-core: {self.composition.name}", ""]
+        # A local folder is nobody else's business.
+        lines += [f"Base model: `{base}`" if base and not os.path.exists(base) else "Base model: a local one", ""]
+        lines += [
+            "| order | algorithm | distribution | version | stability |",
+            "|---|---|---|---|---|",
+        ]
+        for order, part in enumerate(self.composition.provenance()):
+            row = (str(order), part["algorithm"], part["distribution"], part["version"], part["stability"])
+            lines.append("| " + " | ".join(row) + " |")
+        options = json.dumps(self.resume_options(), indent=1, default=str)
+        lines += ["", f"trl-core {core_version()}. Options:", "", "```json", options, "```", ""]
+        return "\n".join(lines)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of `model_card` into `output_dir`."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self.model_card())
+
+    def _names(self) -> list[str]:
+        return [part["algorithm"] for part in self.composition.provenance()]
+
+
+def _as_is(rows: Any) -> Any:
+    return rows
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise `OutputDirError` unless files can be made in the folder (which is created)."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputDirError(
+            f"output_dir={folder!r} cannot be written: {error.strerror or error}.", mend="Choose another folder."
+        ) from error

@@ -1,0 +1,66 @@
+"""Callbacks for people who watch a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class JsonlMetricsCallback(TrainerCallback):
+    """Append every log line to `<output_dir>/metrics.jsonl`."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one line."""
+        if not state.is_world_process_zero or not logs:
+            return
+        folder = str(args.output_dir)
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class StepLineCallback(TrainerCallback):
+    """Print one readable line per log: rewards, length, KL, and where the time went."""
+
+    _SHOWN = (
+        ("reward", "reward", "{:.3f}"),
+        ("gfpo/reward_all", "all", "{:.3f}"),
+        ("eval_reward", "eval reward", "{:.3f}"),
+        ("completions/mean_length", "length", "{:.1f}"),
+        ("kl", "kl", "{:.4f}"),
+        ("loss", "loss", "{:.4f}"),
+        ("grad_norm", "grad", "{:.2f}"),
+        ("step_time", "step", "{:.1f}s"),
+        ("time/generate", "generate", "{:.1f}s"),
+        ("time/score", "score", "{:.1f}s"),
+        ("time/update", "update", "{:.1f}s"),
+    )
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Print the line."""
+        if not state.is_world_process_zero or not logs:
+            return
+        parts = [f"{label} {form.format(logs[name])}" for name, label, form in self._SHOWN if name in logs]
+        if parts:
+            self.console.print(f"step {state.global_step:>4}/{state.max_steps}  " + "  ".join(parts))

@@ -1,0 +1,186 @@
+"""Options shared by all trainers, and those of trainers that generate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..options import option, require, require_choice
+
+LOSS_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+@dataclass
+class CoreConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with this project's defaults.
+
+    Other defaults than there: `logging_steps` 10, activation (gradient) checkpointing on, and `bf16` on where the
+    hardware has it. On a CPU training is in float32.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    logging_steps: float = option(10, "Log every so many optimizer steps.", resume=False)
+    bf16: bool | None = option(None, "Train in bfloat16; default: where the accelerator supports it and fp16 is off.")  # type: ignore[assignment]
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments of from_pretrained when the model is given by name; dtype defaults to float32."
+    )
+    trust_remote_code: bool = option(False, "Run model code from the Hub. Never on unless you ask.")
+    disable_dropout: bool = option(False, "Set every dropout probability to 0.")
+    on_nonfinite_loss: str = option(
+        "stop", "'stop' or 'skip' the micro-batch; its rows are written to <output_dir>/nonfinite.", resume=False
+    )
+    resume_check: str = option(
+        "strict", "'strict' refuses to resume with other options than the checkpoint's, 'warn' warns.", resume=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
+        # Both spellings are known; transformers warns about the older one, which is the one users of TRL write.
+        if self.activation_checkpointing is None:
+            older = self.gradient_checkpointing
+            self.activation_checkpointing = True if older is None else older
+            self.gradient_checkpointing = None
+        require_choice(self, "on_nonfinite_loss", ("stop", "skip"))
+        require_choice(self, "resume_check", ("strict", "warn"))
+        require(
+            not self.auto_find_batch_size,
+            "auto_find_batch_size would change how rows are grouped into steps.",
+            "Set per_device_train_batch_size yourself; raise gradient_accumulation_steps to keep the batch.",
+        )
+        super().__post_init__()  # type: ignore[no-untyped-call]
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A dictionary option, which on a command line is JSON and is parsed by then."""
+    return dict(value or {})
+
+
+def _has_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported())
+
+
+@dataclass
+class ReferenceOptions:
+    """Options of algorithms with a reference model that may follow the policy (TR-DPO, 2404.09656)."""
+
+    sync_ref_model: bool = option(False, "Move the reference towards the policy during training (TR-DPO).")
+    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the new reference: a*policy + (1-a)*reference.")
+    ref_model_sync_steps: int = option(512, "Optimizer steps between two moves of the reference.")
+
+
+@dataclass
+class OnlineConfig(CoreConfig):
+    """Options of every trainer that generates."""
+
+    _VALID_DICT_FIELDS = [*CoreConfig._VALID_DICT_FIELDS, "generation_kwargs", "chat_template_kwargs"]  # noqa: RUF012
+
+    remove_unused_columns: bool = option(False, "Drop dataset columns no reward needs; all are passed to rewards.")
+    shuffle_dataset: bool = option(
+        True, "Shuffle prompts each epoch, and groups inside a generation batch that feeds several micro-batches."
+    )
+    num_generations: int = option(8, "G, completions per prompt.")
+    num_generations_eval: int | None = option(None, "Completions per prompt in evaluation; default num_generations.")
+    max_completion_length: int = option(512, "Most tokens of a completion.")
+    generation_batch_size: int | None = option(
+        None, "Completions generated at a time, over all processes. Give this or steps_per_generation."
+    )
+    steps_per_generation: int | None = option(
+        None, "Micro-batches a generation batch is split into; default gradient_accumulation_steps."
+    )
+    num_iterations: int = option(1, "How often each generation batch is trained on.")
+    temperature: float = option(1.0, "Sampling temperature; every log-probability is computed at it as well.")
+    top_p: float = option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
+    top_k: int = option(0, "Sample among the k likeliest tokens; 0 for all.")
+    min_p: float | None = option(None, "Least probability of a token, relative to the likeliest.")
+    repetition_penalty: float = option(1.0, "Penalty on tokens already present; 1 for none.")
+    generation_kwargs: dict[str, Any] | str | None = option(None, "Further options of transformers.GenerationConfig.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the chat template.")
+    reward_weights: list[float] | None = option(None, "One weight per reward function; default all 1.")
+    reward_timeout: float | None = option(None, "Seconds the reward functions may take per batch.", resume=False)
+    mask_truncated_completions: bool = option(
+        False, "Leave completions without terminator out of the loss; their rewards still count in the group."
+    )
+    dynamic_sampling: bool = option(
+        False, "Replace groups whose rewards are all equal by groups of further prompts (DAPO, 2503.14476)."
+    )
+    dynamic_sampling_max_rounds: int = option(4, "Most refills of one generation batch.")
+    loss_type: str = option("dapo", "How the loss is formed; see the algorithm.")
+    token_normalizer: str = option(
+        "step",
+        "Denominator of dapo, cispo, vespo: 'step' counts the loss tokens of an optimizer step; 'generation' all "
+        "completion tokens of the generation batch, as TRL up to 1.10.",
+    )
+    log_completions: bool = option(
+        False, "Write every generation to <output_dir>/completions/*.parquet and print a sample.", resume=False
+    )
+    num_completions_to_print: int | None = option(5, "Rows of the printed sample; 0 prints none.", resume=False)
+
+    minimum_generations = 1
+
+    @property
+    def slices(self) -> int:
+        """S, micro-batches of a generation batch: `steps_per_generation` once it is resolved."""
+        return int(self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps for which a generation batch is used: S x mu."""
+        return self.slices * self.num_iterations
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether `reference_logps` is needed."""
+        return False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self, "loss_type", LOSS_AGGREGATIONS)
+        require_choice(self, "token_normalizer", ("step", "generation"))
+        for name in ("num_iterations", "max_completion_length", "dynamic_sampling_max_rounds"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is below 1.", "Give at least 1.")
+        require(
+            self.temperature > 0, f"temperature={self.temperature} is not above 0.", "Sampling needs a positive one."
+        )
+        for name in ("num_generations", "num_generations_eval"):
+            value = getattr(self, name)
+            require(
+                value is None or value >= (self.minimum_generations if name == "num_generations" else 1),
+                f"{name}={value} is below {self.minimum_generations}: advantages compare completions of one prompt.",
+                f"Give at least {self.minimum_generations}.",
+            )
+        self._set_generation_batch()
+
+    def _set_generation_batch(self) -> None:
+        micro = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            # Both are set in a config that is restored or replaced; they must then agree.
+            require(
+                self.generation_batch_size == micro * self.steps_per_generation,
+                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
+                f"{self.steps_per_generation} are both given and do not fit.",
+                "Give only one of them.",
+            )
+        elif self.generation_batch_size is not None:
+            require(
+                self.generation_batch_size % micro == 0,
+                f"generation_batch_size={self.generation_batch_size} is no multiple of {micro}, the rows of a "
+                "micro-batch over all processes.",
+                "Make it a multiple of per_device_train_batch_size times the number of processes.",
+            )
+            self.steps_per_generation = self.generation_batch_size // micro
+        else:
+            if self.steps_per_generation is None:
+                self.steps_per_generation = self.gradient_accumulation_steps
+            self.generation_batch_size = micro * self.steps_per_generation
+        require(
+            self.generation_batch_size % self.num_generations == 0,
+            f"num_generations={self.num_generations} does not divide the generation batch of "
+            f"{self.generation_batch_size} completions (per_device_train_batch_size x processes x "
+            "steps_per_generation).",
+            "Change one of them so that every group is complete.",
+        )

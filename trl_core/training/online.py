@@ -1,0 +1,464 @@
+"""The trainer of algorithms that generate: prompts, rollouts, rewards, advantages, micro-batches, loss."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..batch import Rollouts, Samples
+from ..data import prompts as prompt_data
+from ..errors import ConfigError, HookResultError
+from ..models.loading import max_positions
+from ..models.logprobs import batched_token_logps, token_logps
+from ..stages.aggregate import Counters, TokenMean, aggregate, token_weights
+from ..stages.rewards import RewardFunctions
+from .completions import CompletionLog
+from .config import as_dict
+from .loader import PromptLoader, SparePrompts, permutation, prompt_loader
+from .metrics import rollout_metrics
+from .rollout import RolloutSteps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Window:
+    """A generation batch while it is being trained on: the same in every process, so one process can save it."""
+
+    samples: Samples
+    counters: Counters
+    number: int
+    used: int = 0
+    """Micro-steps done."""
+
+
+class OnlineTrainer(RolloutSteps):
+    """Trainer of algorithms that generate their own training data.
+
+    Takes the arguments TRL's users know; see `CoreTrainer` for the common ones.
+
+    Args:
+        model: the policy: id, path or module.
+        reward_funcs: one or several of: function, coroutine function, sequence classifier (id, path or module).
+        reward_processing_classes: tokenizers of the classifiers, in the order of `reward_funcs`.
+        rollouts: a generation backend: an object with the hook `generate` (see `trl_core.hookspecs`); default:
+            `model.generate`.
+        **arguments: further arguments of the composed algorithms, such as `group_filter_func`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        rollouts: Any = None,
+        **arguments: Any,
+    ) -> None:
+        checked = self._checked_args(args)
+        self.reward_functions = RewardFunctions(
+            reward_funcs,
+            reward_processing_classes,
+            timeout=checked.reward_timeout,
+            device=checked.device,
+            trust_remote_code=checked.trust_remote_code,
+        )
+        self.reward_weights = _reward_weights(checked.reward_weights, self.reward_functions.names)
+        self.completion_log = CompletionLog(checked)
+        self.window: Window | None = None
+        self.generations = 0
+        self.num_tokens = 0
+        super().__init__(
+            model,
+            checked,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            providers=None if rollouts is None else {"rollouts": rollouts},
+            arguments=arguments,
+        )
+        self.spare_prompts = SparePrompts(train_dataset, self._data_seed)
+
+    # -- data -----------------------------------------------------------------------------------------------------
+    def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
+        """Check the form of all rows before the model is loaded, and the length of prompts after."""
+        splits = {"eval_dataset": evaluation} if not isinstance(evaluation, dict) else evaluation
+        limit = None
+        if model is not None and (positions := max_positions(model)) is not None:
+            limit = positions - args.max_completion_length
+            if limit <= 0:
+                raise ConfigError(
+                    f"max_completion_length={args.max_completion_length} leaves no room for prompts in the model's "
+                    f"{positions} positions.",
+                    mend="Lower max_completion_length.",
+                )
+        for split, dataset in {"train_dataset": train, **splits}.items():
+            if dataset is not None and (tokenizer is None or limit is not None):
+                prompt_data.check_dataset(dataset, split, tokenizer, limit, as_dict(args.chat_template_kwargs))
+
+    @property
+    def _data_seed(self) -> int | None:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return int(seed) if self.args.shuffle_dataset else None
+
+    def get_train_dataloader(self) -> PromptLoader:
+        """Prompts of each generation batch, repeated for every micro-step that uses it; the same in all processes."""
+        if self.train_dataset is None:
+            raise ConfigError("train() needs a train_dataset.", mend="Pass train_dataset=...")
+        args = self.args
+        return prompt_loader(
+            self.train_dataset,
+            prompts=self._rows_per_slice * args.slices // args.num_generations,
+            repeats=args.micro_steps,
+            seed=self._data_seed,
+            split="train_dataset",
+        )
+
+    @property
+    def _rows_per_slice(self) -> int:
+        return int(self.args.per_device_train_batch_size * self.accelerator.num_processes)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PromptLoader:
+        """Prompts for evaluation, in order."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = cast(dict[str, Any], self.eval_dataset)[eval_dataset]
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ConfigError("evaluate() needs an eval_dataset.", mend="Pass eval_dataset=...")
+        rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
+        per_batch = max(rows // self._eval_generations, 1)
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return PromptLoader(dataset, batch_size=per_batch, collate_fn=lambda batch: batch)
+        return PromptLoader(dataset, batch_size=per_batch, shuffle=False, collate_fn=lambda batch: batch)
+
+    @property
+    def _eval_generations(self) -> int:
+        return int(self.args.num_generations_eval or self.args.num_generations)
+
+    # -- from rollouts to samples ---------------------------------------------------------------------------------
+    def _new_window(self, rows: list[dict[str, Any]]) -> Window:
+        args = self.args
+        rollouts = self.roll_out(rows, args.num_generations)
+        if args.dynamic_sampling:
+            rollouts = self._refill(rollouts)
+        keep = torch.ones(rollouts.num_rows, dtype=torch.bool)
+        for answer in self.hooks.call.keep(rollouts=rollouts):
+            keep &= _checked_keep(answer, rollouts.num_rows)
+        samples = self._samples(rollouts, keep)
+        samples = self.hooks.call.select(samples=samples).validate()
+        counters = Counters(
+            rows=samples.num_rows,
+            tokens=int(samples.lengths.sum()),
+            completion_tokens=int(samples.completion_lengths.sum()),
+            slices=args.slices,
+        )
+        self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
+        self._record("num_tokens", float(self.num_tokens))
+        self.generations += 1
+        return Window(samples, counters, self.generations - 1)
+
+    def _samples(self, rollouts: Rollouts, keep: Tensor) -> Samples:
+        """The kept rows with advantages and the log-probabilities the loss needs, over all processes."""
+        advantages = self.hooks.call.advantages(rollouts=rollouts, keep=keep)
+        per_token = rollouts.expand(advantages.float().cpu())
+        for name, value in rollout_metrics(rollouts, keep, self.reward_functions.names).items():
+            self._record(name, value)
+        if self.context.training:
+            row_advantage = rollouts.mean_per_row(per_token)
+            self.completion_log.write(
+                rollouts, keep, row_advantage, self.reward_functions.names, self.state.global_step
+            )
+        sampling_logps = rollouts.sampling_logps
+        samples = Samples(
+            **{f: getattr(rollouts, f) for f in ("prompt_ids", "prompt_lengths", "completion_ids")},
+            **{f: getattr(rollouts, f) for f in ("completion_lengths", "loss_mask", "group", "reward")},
+            advantages=per_token,
+            position=torch.arange(rollouts.num_rows),
+            sampling_logps=None if sampling_logps is None else sampling_logps[rollouts.loss_mask],
+        ).take(keep.nonzero().flatten())
+        self._add_logps(samples)
+        return samples
+
+    def _add_logps(self, samples: Samples) -> None:
+        own = samples.take(self._share(samples.num_rows)).to(self.args.device)
+        if self.args.uses_reference:
+            logps = self.hooks.call.reference_logps(samples=own) if own.num_rows else torch.zeros(0)
+            samples.ref_logps = self._gather_flat(logps.float().cpu())
+        if self._needs_old_logps(samples):
+            policy = self.accelerator.unwrap_model(self.model)
+            batch_size = self.args.per_device_train_batch_size
+            logps = batched_token_logps(
+                policy, own, batch_size=batch_size, pad_token_id=self.pad_token_id, temperature=self.args.temperature
+            )
+            samples.old_logps = self._gather_flat(logps.cpu())
+
+    def _needs_old_logps(self, samples: Samples) -> bool:
+        if not self.context.training:
+            return samples.sampling_logps is not None
+        args = self.args
+        stale = args.gradient_accumulation_steps % args.micro_steps != 0
+        return stale or samples.sampling_logps is not None or self.hooks.refined("select")
+
+    # -- micro-batches --------------------------------------------------------------------------------------------
+    def _prepare_inputs(self, inputs: Any) -> Samples:  # type: ignore[override]
+        """The next micro-batch of this process; generates when the last generation batch is used up."""
+        if isinstance(inputs, Samples):
+            return inputs
+        micro_steps = self.args.micro_steps
+        if self.window is None or self.window.used >= micro_steps:
+            self.window = None
+            self.window = self._new_window(inputs)
+        slice_index = self.window.used % self.args.slices
+        self.window.used += 1
+        return self._micro_batch(self.window, slice_index)
+
+    def _micro_batch(self, window: Window, slice_index: int) -> Samples:
+        args = self.args
+        per_slice = self._rows_per_slice
+        generation_batch = per_slice * args.slices
+        order = torch.tensor(self._row_order(window.number, generation_batch, per_slice))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(generation_batch)
+        # Rows keep their step even when others of the slice were dropped; what is left is dealt out evenly.
+        mine = place[window.samples.position]
+        in_slice = (mine // per_slice == slice_index).nonzero().flatten()
+        in_slice = in_slice[torch.argsort(mine[in_slice])]
+        own = in_slice.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+        return window.samples.take(own).to(args.device)
+
+    def _row_order(self, number: int, rows: int, per_slice: int) -> list[int]:
+        """The order in which a generation batch is cut into slices: whole groups are shuffled where they fit."""
+        if self._data_seed is None or rows == per_slice:
+            return list(range(rows))
+        block = self.args.num_generations if per_slice % self.args.num_generations == 0 else 1
+        blocks = permutation(rows // block, (self._data_seed, number, 2))
+        return [b * block + i for b in blocks for i in range(block)]
+
+    # -- loss -----------------------------------------------------------------------------------------------------
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-step; a failing reward function or backend stops the run after a checkpoint."""
+        start = time.perf_counter()
+        fresh = self.window is None or self.window.used >= self.args.micro_steps
+        before = self._snapshot() if fresh else None
+        try:
+            inputs = self._prepare_inputs(inputs)
+        except Exception:
+            if before is not None:
+                self._rescue(model, before)
+            raise
+        update = time.perf_counter()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        now = time.perf_counter()
+        # Recorded per micro-batch, reported per optimizer step.
+        self._record("time/update", (now - update) * self.current_gradient_accumulation_steps)
+        self._record("step_time", (now - start) * self.current_gradient_accumulation_steps)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of a micro-batch, already scaled for accumulation and processes."""
+        assert self.window is not None
+        training = self.context.training
+        args = self.args
+        samples: Samples = inputs
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        weights = token_weights(
+            samples,
+            args.loss_type,
+            self.window.counters,
+            max_completion_length=args.max_completion_length,
+            accumulation=accumulation,
+            processes=self.accelerator.num_processes,
+            normalizer=args.token_normalizer,
+        )
+        if not samples.num_rows:
+            # Nothing of this slice was kept: one dropped token keeps all processes in step.
+            samples = _placeholder(self.pad_token_id, self.args.device)
+            weights = torch.zeros(1, device=self.args.device)
+        logps, samples.entropy, output = token_logps(
+            model,
+            samples,
+            pad_token_id=self.pad_token_id,
+            temperature=args.temperature,
+            entropy_grad=getattr(args, "entropy_needs_grad", False),
+            forward_kwargs=self._forward_kwargs(),
+        )
+        if samples.old_logps is None:
+            samples.old_logps = logps.detach()
+        log_ratio = self.hooks.call.log_ratio(samples=samples, logps=logps)
+        terms: dict[str, Tensor | TokenMean] = {}
+        for contribution in self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio):
+            for name, term in contribution.items():
+                terms[name] = terms[name] + term if name in terms else term
+        loss = aggregate(terms, weights, accumulation)
+        loss = self._add_router_loss(loss, output, accumulation)
+        tokens = logps.numel() if inputs.num_rows else 0
+        entropy = samples.entropy.detach().mean() if tokens else torch.tensor(float("nan"))
+        self._record("entropy", entropy, tokens)
+        if training:
+            loss = self.guard_loss(loss, lambda: _rows_for_inspection(samples, self.processing_class))
+        return (loss, output) if return_outputs else loss
+
+    def _router_coefficient(self) -> float:
+        config = self.accelerator.unwrap_model(self.model).config
+        enabled = getattr(config, "output_router_logits", False)
+        return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if enabled else 0.0
+
+    def _forward_kwargs(self) -> dict[str, Any]:
+        return {"output_router_logits": True} if self._router_coefficient() else {}
+
+    def _add_router_loss(self, loss: Tensor, output: Any, accumulation: int) -> Tensor:
+        """Load-balancing loss of mixture-of-experts models that have it switched on."""
+        coefficient = self._router_coefficient()
+        if not coefficient or getattr(output, "aux_loss", None) is None:
+            return loss
+        self._record("aux_loss", output.aux_loss)
+        router: Tensor = coefficient * output.aux_loss / accumulation
+        return loss + router.to(loss.device)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Generate, score and compute the loss on all prompts; nothing is filtered, selected or stored."""
+        kept = (self.window, self.generations, self.num_tokens, self.context.training)
+        self.context.training = False
+        self.model.eval()
+        prompts = 0
+        try:
+            for rows in dataloader:
+                prompts += len(rows)
+                rollouts = self.roll_out(rows, self._eval_generations)
+                samples = self._samples(rollouts, torch.ones(rollouts.num_rows, dtype=torch.bool))
+                counters = Counters(
+                    rows=samples.num_rows,
+                    tokens=int(samples.lengths.sum()),
+                    completion_tokens=int(samples.completion_lengths.sum()),
+                )
+                self.window = Window(samples, counters, 0)
+                own = samples.take(self._share(samples.num_rows)).to(self.args.device)
+                loss = self.compute_loss(self.model, own)
+                self._record("loss", loss)
+            metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.drain("eval").items()}
+        finally:
+            self.window, self.generations, self.num_tokens, self.context.training = kept
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=prompts)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+    def state_of_run(self) -> dict[str, Any]:
+        """Also the part-used generation batch and the counters."""
+        window = self.window
+        used_up = window is None or window.used >= self.args.micro_steps
+        saved = None
+        if window is not None and not used_up:
+            counters = vars(window.counters)
+            saved = {"samples": window.samples.tensors(), "counters": counters, "number": window.number}
+            saved["used"] = window.used
+        return super().state_of_run() | {
+            "window": saved,
+            "generations": self.generations,
+            "num_tokens": self.num_tokens,
+            "spare_prompts": self.spare_prompts.drawn,
+        }
+
+    def load_state_of_run(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_of_run`."""
+        super().load_state_of_run(state)
+        self.generations, self.num_tokens = state["generations"], state["num_tokens"]
+        self.spare_prompts.restore(state["spare_prompts"])
+        saved = state["window"]
+        self.window = None
+        if saved is not None:
+            samples = Samples.from_tensors(saved["samples"])
+            self.window = Window(samples, Counters(**saved["counters"]), saved["number"], saved["used"])
+
+    def _snapshot(self) -> dict[str, Any]:
+        """What a failed generation may have changed."""
+        accelerator_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+        return {"state": self.state_of_run(), "cpu": torch.get_rng_state(), "accelerator": accelerator_state}
+
+    def _rescue(self, model: Any, before: dict[str, Any]) -> None:
+        """Save a checkpoint as of before a generation that failed, so that nothing trained is lost."""
+        torch.set_rng_state(before["cpu"])
+        if before["accelerator"] is not None:
+            torch.cuda.set_rng_state_all(before["accelerator"])
+        self.load_state_of_run(before["state"])
+        if self.state.global_step == 0 or self.accelerator.num_processes > 1:
+            # Nothing is trained yet; or the other processes are not here to take part.
+            return
+        self.model.zero_grad()
+        self._save_checkpoint(model, None)
+        logger.error("The run stops; checkpoint-%d was saved before it.", self.state.global_step)
+
+
+def _reward_weights(weights: list[float] | None, names: list[str]) -> Tensor:
+    if weights is not None and len(weights) != len(names):
+        raise ConfigError(
+            f"reward_weights has {len(weights)} entries for {len(names)} reward functions.",
+            mend="Give one per function.",
+        )
+    return torch.tensor([1.0] * len(names) if weights is None else weights, dtype=torch.float32)
+
+
+def _checked_keep(answer: Any, rows: int) -> Tensor:
+    if not isinstance(answer, Tensor) or answer.shape != (rows,) or answer.dtype is not torch.bool:
+        shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise HookResultError(
+            f"keep returned {shape}; expected a bool tensor of shape ({rows},).",
+            mend="Return True for every row to train on.",
+        )
+    return answer.cpu()
+
+
+def _placeholder(token: int, device: Any) -> Samples:
+    one = torch.ones(1, dtype=torch.long)
+    return Samples(
+        prompt_ids=one * token,
+        prompt_lengths=one,
+        completion_ids=one * token,
+        completion_lengths=one,
+        loss_mask=torch.ones(1, dtype=torch.bool),
+        group=one * 0,
+        advantages=torch.zeros(1),
+        position=one * 0,
+        reward=torch.zeros(1),
+        ref_logps=torch.zeros(1),
+        sampling_logps=torch.zeros(1),
+    ).to(device)
+
+
+def _rows_for_inspection(samples: Samples, tokenizer: Any) -> list[dict[str, Any]]:
+    prompts = samples.prompt_ids.split(samples.prompt_lengths.tolist())
+    completions = samples.completion_ids.split(samples.completion_lengths.tolist())
+    advantages = samples.mean_per_row(samples.advantages).tolist()
+    return [
+        {
+            "prompt_ids": prompt.tolist(),
+            "completion_ids": completion.tolist(),
+            "completion": tokenizer.decode(completion),
+            "advantage": advantage,
+        }
+        for prompt, completion, advantage in zip(prompts, completions, advantages, strict=True)
+    ]

@@ -1,0 +1,186 @@
+"""From dataset rows to scored rollouts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..batch import Generated, Prompts, Rollouts, Samples, Sampling
+from ..data import prompts as prompt_data
+from ..errors import HookResultError
+from ..hookspecs import hookimpl
+from ..stages.advantages import group_std
+from ..stages.generation import generate
+from ..stages.rewards import RewardFunctions, weighted_reward
+from .base import CoreTrainer, DefaultHooks
+from .completions import CompletionLog
+from .config import OnlineConfig, as_dict
+from .loader import SparePrompts
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineDefaults(DefaultHooks):
+    """Answers where no algorithm does: generation by transformers, the user's reward functions, no selection."""
+
+    trainer: RolloutSteps
+
+    @hookimpl
+    def generate(self, prompts: Prompts, sampling: Sampling) -> Generated:
+        """`model.generate` of the bare policy."""
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return generate(policy, prompts, sampling, self.trainer.processing_class)
+
+    @hookimpl
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """The trainer's reward functions."""
+        return self.trainer.reward_functions(
+            rollouts,
+            trainer_state=self.trainer.state,
+            log_extra=self.trainer.completion_log.extra,
+            log_metric=self.trainer.context.log,
+        )
+
+    @hookimpl
+    def select(self, samples: Samples) -> Samples:
+        """All kept rows."""
+        return samples
+
+
+class RolloutSteps(CoreTrainer):
+    """The part of the online trainer that generates and scores."""
+
+    default_hooks = OnlineDefaults
+    args: OnlineConfig
+    reward_functions: RewardFunctions
+    reward_weights: Tensor
+    completion_log: CompletionLog
+    spare_prompts: SparePrompts
+    terminators: tuple[int, ...]
+    _warned_unscored = False
+
+    def _sampling(self) -> Sampling:
+        args = self.args
+        return Sampling(
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            eos_token_ids=self.terminators,
+            pad_token_id=self.pad_token_id,
+            extra=as_dict(args.generation_kwargs),
+        )
+
+    def _share(self, rows: int) -> list[int]:
+        """Which of `rows` adjacent rows are this process's."""
+        parts = torch.arange(rows).tensor_split(self.accelerator.num_processes)
+        own: list[int] = parts[self.accelerator.process_index].tolist()
+        return own
+
+    def roll_out(self, rows: list[dict[str, Any]], generations: int) -> Rollouts:
+        """Generate and score `generations` completions of each dataset row.
+
+        Returns:
+            the rollouts of all processes, on the CPU, equal in all of them.
+        """
+        own = self._share(len(rows) * generations)
+        mine = [rows[i // generations] for i in own]
+        for row, i in zip(mine, own, strict=True):
+            prompt_data.check_prompt(row.get("prompt"), i // generations, "the dataset")
+        template = as_dict(self.args.chat_template_kwargs)
+        rendered: dict[int, list[int]] = {}
+        for i, row in zip(own, mine, strict=True):
+            if i // generations not in rendered:
+                arguments = {**template, **prompt_data.template_arguments(row)}
+                rendered[i // generations] = prompt_data.render(row["prompt"], self.processing_class, arguments)
+        prompts = Prompts(
+            ids=[rendered[i // generations] for i in own],
+            raw=[row["prompt"] for row in mine],
+            group=torch.tensor([i // generations for i in own], dtype=torch.long),
+        )
+        start = time.perf_counter()
+        generated = self.hooks.call.generate(prompts=prompts, sampling=self._sampling())
+        self._record("time/generate", time.perf_counter() - start)
+        columns = {name: [row[name] for row in mine] for name in (rows[0] if rows else {}) if name != "prompt"}
+        rollouts = self._as_rollouts(prompts, generated, columns)
+        start = time.perf_counter()
+        rollouts.rewards = self._score(rollouts)
+        self._record("time/score", time.perf_counter() - start)
+        if self.accelerator.num_processes > 1:
+            rollouts = Rollouts.concat(gather_object([rollouts]))
+        rollouts.reward = weighted_reward(rollouts.rewards, self.reward_weights)
+        if bool(torch.isnan(rollouts.reward).all()) and not self._warned_unscored:
+            self._warned_unscored = True
+            logger.warning("No reward function scored any row of a generation batch; such batches teach nothing.")
+        return rollouts
+
+    def _as_rollouts(self, prompts: Prompts, generated: Generated, columns: dict[str, list[Any]]) -> Rollouts:
+        ids = generated.completion_ids
+        if len(ids) != len(prompts):
+            raise HookResultError(
+                f"generate returned {len(ids)} completions for {len(prompts)} rows.",
+                mend="Return one completion per row of `prompts`, in order.",
+            )
+        empty = [i for i, row in enumerate(ids) if not len(row)]
+        if empty:
+            raise HookResultError(
+                f"generate returned an empty completion for row {empty[0]}.",
+                mend="Return at least one token per row, for example the terminator.",
+            )
+        prompt_ids = generated.prompt_ids or prompts.ids
+        flat = torch.tensor([token for row in ids for token in row], dtype=torch.long)
+        lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
+        truncated = torch.tensor([row[-1] not in (*self.terminators, self.pad_token_id) for row in ids])
+        mask = torch.ones_like(flat, dtype=torch.bool)
+        if generated.loss_mask is not None:
+            mask = torch.tensor([flag for row in generated.loss_mask for flag in row], dtype=torch.bool)
+        if self.args.mask_truncated_completions and len(ids):
+            mask &= ~torch.repeat_interleave(truncated, lengths)
+        logps = generated.logps
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return Rollouts(
+            prompt_ids=torch.tensor([token for row in prompt_ids for token in row], dtype=torch.long),
+            prompt_lengths=torch.tensor([len(row) for row in prompt_ids], dtype=torch.long),
+            completion_ids=flat,
+            completion_lengths=lengths,
+            loss_mask=mask,
+            group=prompts.group,
+            prompts=prompts.raw,
+            completions=prompt_data.as_completions(prompts.raw, texts),
+            columns=columns,
+            truncated=truncated.bool(),
+            sampling_logps=None if logps is None else torch.tensor([x for row in logps for x in row]),
+        ).validate()
+
+    def _score(self, rollouts: Rollouts) -> Tensor:
+        rewards: Tensor = self.hooks.call.score(rollouts=rollouts).float().cpu()
+        if rewards.dim() != 2 or rewards.shape[0] != rollouts.num_rows:
+            raise HookResultError(
+                f"score returned shape {tuple(rewards.shape)}; expected ({rollouts.num_rows}, R).",
+                mend="Return one line per row and one column per reward function.",
+            )
+        return rewards
+
+    def _refill(self, rollouts: Rollouts) -> Rollouts:
+        """Dynamic sampling: replace groups without any difference in reward by groups of further prompts."""
+        generations = self.args.num_generations
+        refilled = 0
+        for _ in range(self.args.dynamic_sampling_max_rounds):
+            flat = torch.nan_to_num(group_std(rollouts, rollouts.reward)) < 1e-8
+            if not bool(flat.any()):
+                break
+            wanted = flat.nonzero().flatten().tolist()
+            fresh = self.roll_out(self.spare_prompts.draw(len(wanted)), generations)
+            fresh.group = torch.tensor(wanted, dtype=torch.long).repeat_interleave(generations)
+            refilled += len(wanted)
+            merged = Rollouts.concat([rollouts.take((~flat)[rollouts.group].nonzero().flatten()), fresh])
+            rollouts = merged.take(torch.argsort(merged.group, stable=True))
+        self._record("dynamic_sampling/refilled_groups", float(refilled))
+        return rollouts

@@ -1,0 +1,151 @@
+"""What a checkpoint holds beside the model and the optimizer, and how its completeness is known.
+
+`trl_core_state.json` is written last, atomically, and lists every file of the checkpoint with its size: a checkpoint
+without it, or with files that do not fit, was not finished. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+STATE_FILE = "trl_core_state.json"
+TENSOR_FILE = "trl_core_state.safetensors"
+_TENSOR_KEY = "__tensor__"
+
+
+def split_tensors(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """A JSON-able copy of nested dicts and lists; tensors go to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR_KEY: path}
+    if isinstance(value, dict):
+        return {str(key): split_tensors(item, tensors, f"{path}/{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [split_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+    return value
+
+
+def join_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `split_tensors`; tuples come back as lists."""
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR_KEY}:
+            return tensors[value[_TENSOR_KEY]]
+        return {key: join_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [join_tensors(item, tensors) for item in value]
+    return value
+
+
+def write_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Write the tensors of `state` and return its JSON part."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = split_tensors(state, tensors)
+    save_file(tensors or {"empty": torch.zeros(1)}, folder / TENSOR_FILE)
+    return plain
+
+
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """Finish a checkpoint: from the moment this file exists it is complete."""
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != STATE_FILE
+    }
+    temporary = folder / (STATE_FILE + ".tmp")
+    with open(temporary, "w") as file:
+        json.dump({**record, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / STATE_FILE)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The record of a complete checkpoint.
+
+    Raises:
+        CheckpointError: the folder is missing, was not finished, or a file is missing or cut short.
+    """
+    folder = Path(folder)
+    mend = "Resume from an earlier checkpoint; resume_from_checkpoint=True takes the newest complete one."
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.", mend=mend)
+    try:
+        record: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+        files: dict[str, int] = record["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"The checkpoint {folder.name!r} is not complete or not from trl-core: {STATE_FILE} is missing or damaged.",
+            mend=mend,
+        ) from error
+    for name, size in files.items():
+        path = folder / name
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise CheckpointError(f"{name} of {folder.name!r} {found}; expected {size} bytes.", mend=mend)
+    return record
+
+
+def read_state(folder: str | Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The trainer state in a record, with its tensors."""
+    state: dict[str, Any] = join_tensors(record["state"], load_file(Path(folder) / TENSOR_FILE))
+    return state
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All `checkpoint-<step>` folders, oldest step first, complete or not."""
+    found = [
+        (int(match[1]), path)
+        for path in (Path(folder).iterdir() if Path(folder).is_dir() else [])
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def newest_complete(folder: str | Path) -> Path | None:
+    """The complete checkpoint with the highest step."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            read_manifest(path)
+        except CheckpointError:
+            continue
+        return path
+    return None
+
+
+def check_origin(record: dict[str, Any], composition: list[dict[str, str]], options: dict[str, Any]) -> str | None:
+    """What differs between the run that wrote a checkpoint and this one, or None.
+
+    Args:
+        record: from `read_manifest`.
+        composition: `Composition.provenance()` of this run.
+        options: this run's options that shape the mathematics.
+
+    Raises:
+        CheckpointError: the checkpoint is from another algorithm, or the same ones in another order.
+    """
+    theirs = [part["algorithm"] for part in record["composition"]]
+    ours = [part["algorithm"] for part in composition]
+    if theirs != ours:
+        raise CheckpointError(
+            f"The checkpoint was written by {'+'.join(theirs)!r}, this run is {'+'.join(ours)!r}.",
+            mend="Resume with get_trainer of the same composition, or start a new run from the saved weights.",
+        )
+    # Compared as JSON, in which they were stored.
+    now = json.loads(json.dumps(options, default=str))
+    differing = [
+        f"{name}: {record['options'].get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted({*record["options"], *now})
+        if record["options"].get(name) != now.get(name)
+    ]
+    return "; ".join(differing) or None
