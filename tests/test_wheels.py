@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"trl_core": ROOT, "trl_gfpo": ROOT / "plugins" / "trl-gfpo"}
 
