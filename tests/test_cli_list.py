@@ -150,6 +150,11 @@ def test_version_prints_the_version_of_the_core(capsys):
     assert capsys.readouterr().out == f"trl-core {core_version()}\n"
 
 
+def test_version_imports_no_subcommand(tmp_path):
+    process = trl_core(tmp_path, "--version", after="assert 'rich' not in sys.modules")
+    assert process.returncode == 0, process.stderr
+
+
 def test_no_command_prints_the_help_and_fails(capsys):
     assert main([]) == 2
     assert "list" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 import importlib
+import os
 import site
 import sys
 import traceback
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -97,8 +99,11 @@ def test_list_holds_the_algorithms_of_the_core():
 
 def test_list_sees_a_distribution_installed_after_the_last_call(packages):
     assert listed("trl-zeta") == []
+    before = packages.stat()
     write_plugin(packages, "zeta")
-    assert len(listed("trl-zeta")) == 1
+    # As on a file system with coarse time stamps, where the folder looks unchanged.
+    os.utime(packages, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [info.broken for info in listed("trl-zeta")] == [None]
 
 
 def test_distribution_found_twice_is_listed_once(packages, tmp_path):
@@ -136,6 +141,18 @@ def test_core_that_is_not_installed_is_an_error_with_the_command(monkeypatch):
     monkeypatch.setattr(discovery, "CORE", "trl-core-absent")
     with pytest.raises(TRLCoreError, match="pip install -e"):
         list_algorithms()
+
+
+def test_names_keep_their_capitals(packages):
+    write_plugin(packages, "ZetaPlus", distribution="trl-zeta")
+    assert [info.name for info in listed("trl-zeta")] == ["ZetaPlus"]
+
+
+def test_group_written_twice_is_read_like_one(packages):
+    info = write_plugin(packages, "zeta").with_name("trl_zeta-1.0.dist-info")
+    with (info / "entry_points.txt").open("a") as entry_points:
+        entry_points.write("[trl_core.experimental]\neta = trl_zeta:other\n")
+    assert [info.name for info in listed("trl-zeta")] == ["eta", "zeta"]
 
 
 # -- damaged distributions --------------------------------------------------------------------------------------------
@@ -217,9 +234,10 @@ def test_missing_module_is_listed_as_broken(packages):
     assert broken("zeta") == "its module 'trl_zteta' is not found"
 
 
-def test_name_that_the_composition_syntax_uses_is_listed_as_broken(packages):
-    write_plugin(packages, "ze+ta", distribution="trl-zeta")
-    assert "'ze+ta'" in broken("ze+ta")
+@pytest.mark.parametrize("name", ["ze+ta", "ze:ta", "ze ta"])
+def test_name_that_cannot_be_spelt_in_a_composition_is_listed_as_broken(packages, name):
+    write_plugin(packages, name, distribution="trl-zeta")
+    assert f"{name!r}" in broken(name)
 
 
 def test_broken_algorithm_keeps_its_summary(packages):
@@ -238,8 +256,13 @@ IMPORT = "from trl_core import Algorithm\n"
         {"trl_zeta.py": IMPORT + f"algorithm = {CALL}"},
         {"trl_zeta.py": IMPORT + f"algorithm: Algorithm = {CALL}"},
         {"trl_zeta.py": IMPORT + "algorithm = Algorithm('zeta', 'Literal.', 'grpo')"},
+        {"trl_zeta.py": IMPORT + "algorithm = Algorithm('zeta', 'Literal.', extends='grpo')"},
         {"trl_zeta.py": IMPORT + "algorithm = Algorithm(name='zeta', summary='Lit' 'eral.', extends='grpo')"},
         {"trl_zeta.py": f"import trl_core\nalgorithm = trl_core.{CALL}"},
+        {
+            "trl_zeta.py": IMPORT
+            + f"other = Algorithm('other', 'Other.')\nalgorithm = {CALL}\nlast = Algorithm('x', 'y')"
+        },
         {"trl_zeta.py": IMPORT + f"algorithm = None\nalgorithm = {CALL}"},
         {"trl_zeta/__init__.py": IMPORT + f"algorithm = {CALL}"},
         {"trl_zeta/__init__.py": "from .a import algorithm", "trl_zeta/a.py": f"algorithm = {CALL}"},
@@ -263,8 +286,10 @@ IMPORT = "from trl_core import Algorithm\n"
         "assignment",
         "annotated",
         "positional",
+        "partly positional",
         "joined strings",
         "qualified call",
+        "among others",
         "last assignment counts",
         "package",
         "relative re-export",
@@ -305,6 +330,11 @@ def test_odd_source_falls_back_to_the_metadata(packages, source):
     assert (info.summary, info.extends, info.broken) == ("Read from the metadata.", None, None)
 
 
+def test_summary_over_several_lines_becomes_one(packages):
+    write_plugin(packages, "zeta", source=algorithm_source("zeta", summary="Two\n    lines.\n"))
+    assert find("zeta").summary == "Two lines."
+
+
 def test_fourth_reexport_falls_back_to_the_metadata(packages):
     files = {f"trl_zeta/m{i}.py": f"from .m{i + 1} import algorithm" for i in range(4)}
     files |= {"trl_zeta/__init__.py": "", "trl_zeta/m4.py": f"algorithm = {CALL}"}
@@ -322,6 +352,13 @@ def test_source_in_another_encoding_is_read_as_python_reads_it(packages):
 def test_source_that_cannot_be_decoded_falls_back_to_the_metadata(packages):
     write_plugin(packages, "zeta").write_bytes(b"algorithm = Algorithm(summary='\xff')")
     assert find("zeta").summary == "Read from the metadata."
+
+
+def test_reading_the_source_gives_no_warning_of_its_own(packages, recwarn):
+    warnings.simplefilter("always")
+    write_plugin(packages, "zeta", source=r"pattern = '\d'" + f"\nalgorithm = {CALL}")
+    assert find("zeta").extends == "grpo"
+    assert len(recwarn) == 0
 
 
 def test_namespace_package_is_read_without_import(packages):
@@ -411,6 +448,12 @@ def test_unknown_qualified_name_suggests_a_qualified_one(packages):
     write_plugin(packages, "zetafoo")
     with pytest.raises(AlgorithmNotFoundError, match=r"Did you mean 'trl-zetafoo:zetafoo'\?"):
         find("trl-zetafo:zetafoo")
+
+
+def test_unknown_name_in_capitals_suggests_the_name(packages):
+    write_plugin(packages, "zeta")
+    with pytest.raises(AlgorithmNotFoundError, match=r"Did you mean 'zeta'\?"):
+        find("ZETA")
 
 
 def test_unknown_name_without_a_near_one_suggests_nothing():

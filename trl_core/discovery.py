@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-import importlib
 import importlib.util
 import re
 import warnings
@@ -232,17 +231,11 @@ def _split(value: str) -> tuple[str, str] | None:
 
 
 def _info(entry: _Entry, core: str) -> AlgorithmInfo:
-    summary, extends = _literals(entry.value)
-    summary = summary or entry.metadata.get("Summary")
+    stability, broken = GROUPS[entry.group], _why_broken(entry, core)
+    literal, extends = _literals(entry.value)
+    summary = " ".join((literal or entry.metadata.get("Summary") or "").split()) or None
     return AlgorithmInfo(
-        name=entry.name,
-        stability=GROUPS[entry.group],
-        distribution=entry.distribution,
-        version=entry.version,
-        value=entry.value,
-        summary=" ".join(summary.split()) if summary else None,
-        extends=extends,
-        broken=_why_broken(entry, core),
+        entry.name, stability, entry.distribution, entry.version, entry.value, summary, extends, broken
     )
 
 

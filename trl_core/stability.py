@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -82,7 +82,7 @@ def _level_of_caller() -> int:
     return level
 
 
-def guard(infos: Iterable[AlgorithmInfo], require: str | Stability | None = None) -> None:
+def guard(infos: Sequence[AlgorithmInfo], require: str | Stability | None = None) -> None:
     """Refuse algorithms that are less stable than required.
 
     Args:
@@ -96,7 +96,6 @@ def guard(infos: Iterable[AlgorithmInfo], require: str | Stability | None = None
     """
     demands = {"require": require, f"the environment variable {REQUIRE}": os.environ.get(REQUIRE) or None}
     levels = {source: _level(source, value) for source, value in demands.items() if value is not None}
-    infos = list(infos)
     for source, level in levels.items():
         refused = [info for info in infos if not info.stability.satisfies(level)]
         if refused:
