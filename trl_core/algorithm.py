@@ -18,7 +18,7 @@ class Algorithm:
         name: the name users give to `get_trainer`; must equal the entry point's name.
         summary: one line for `trl-core list`. Write `name`, `summary` and `extends` as literals: they are then read
             from the source without importing the plugin.
-        extends: name of the algorithm this one builds on, or `None`.
+        extends: name of the algorithm this one builds on ("grpo", or qualified "trl-core:grpo"), or `None`.
         config: dataclass with the new options only (every field has a default and `metadata={"help": ...}`); for an
             algorithm that stands alone, a subclass of `trl_core.OnlineConfig` (or another trainer's config).
         hooks: class whose `@hookimpl` methods implement hooks of `trl_core.hookspecs`. Made once per trainer as

@@ -14,7 +14,7 @@ import pluggy
 from . import discovery, stability
 from .algorithm import Algorithm
 from .discovery import AlgorithmInfo
-from .errors import CompositionError, InvalidHookError, PluginConflict
+from .errors import AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
 from .hookspecs import PROJECT, HookContext, HookSpecs, hook_kinds
 
 
@@ -168,8 +168,9 @@ class Composition:
         by_name = {part.algorithm.name: part.algorithm for part in self.parts}
         found: set[str] = set()
         while algorithm.extends is not None:
-            found.add(algorithm.extends)
-            algorithm = by_name[algorithm.extends]
+            parent = _unqualified(algorithm.extends)
+            found.add(parent)
+            algorithm = by_name[parent]
         return found
 
     def instantiate(
@@ -278,16 +279,24 @@ def compose(name: str, *, require: str | None = None) -> Composition:
     return _cache[key]
 
 
+def _unqualified(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
 def _lineage(part: Part) -> list[Part]:
     """The algorithm and all it extends, root first."""
     line = [part]
     while (parent := line[0].algorithm.extends) is not None:
-        if parent in [p.algorithm.name for p in line]:
+        if _unqualified(parent) in [p.algorithm.name for p in line]:
             raise CompositionError(
                 f"{part.info.qualified!r} extends itself through {parent!r}.",
                 mend="Fix `extends` in the plugin's Algorithm.",
             )
-        info = discovery.find(parent)
+        try:
+            info = discovery.find(parent)
+        except AmbiguousAlgorithmError:
+            # Installing a second "grpo" must not break everything that extends the core's.
+            info = discovery.find(f"{discovery.CORE}:{parent}")
         line.insert(0, Part(info, discovery.load(info)))
     root = line[0]
     if root.algorithm.trainer is None or root.algorithm.config is None:
