@@ -91,7 +91,8 @@ def token_logps(
     with _head_only_at(model, places) as head:
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, **(forward_kwargs or {}))
     logits = output.logits[0] if head["used"] else output.logits[places]
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = logits if temperature == 1.0 else logits / temperature
     normalizer = torch.logsumexp(logits, -1)
     logps = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
     if entropy_grad:

@@ -81,6 +81,8 @@ class RewardFunctions:
             RewardError: a function raised, timed out, or returned the wrong number of values, something that is not
                 a number, or an infinite one.
         """
+        if not rollouts.num_rows:
+            return torch.zeros(0, len(self.functions))
         ids = [part.tolist() for part in rollouts.completion_ids.split(rollouts.completion_lengths.tolist())]
         arguments = {
             **rollouts.columns,

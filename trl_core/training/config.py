@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 
 from ..options import option, require, require_choice
 
+logger = logging.getLogger(__name__)
 LOSS_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -40,6 +42,8 @@ class CoreConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
+        elif self.bf16 and not torch.cuda.is_available():
+            logger.warning("bf16=True on a CPU without AMX or AVX-512 is extremely slow; float32 is the default there.")
         # Both spellings are known; transformers warns about the older one, which is the one users of TRL write.
         if self.activation_checkpointing is None:
             older = self.gradient_checkpointing
