@@ -161,16 +161,10 @@ class OnlineTrainer(RolloutSteps):
             keep &= _checked_keep(answer, rollouts.num_rows)
         samples = self._samples(rollouts, keep)
         samples = self.hooks.call.select(samples=samples).validate()
-        counters = Counters(
-            rows=samples.num_rows,
-            tokens=int(samples.lengths.sum()),
-            completion_tokens=int(samples.completion_lengths.sum()),
-            slices=args.slices,
-        )
         self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
         self._record("num_tokens", float(self.num_tokens))
         self.generations += 1
-        return Window(samples, counters, self.generations - 1)
+        return Window(samples, _counters(samples, args.slices), self.generations - 1)
 
     def _samples(self, rollouts: Rollouts, keep: Tensor) -> Samples:
         """The kept rows with advantages and the log-probabilities the loss needs, over all processes."""
@@ -342,29 +336,30 @@ class OnlineTrainer(RolloutSteps):
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Generate, score and compute the loss on all prompts; nothing is filtered, selected or stored."""
+        """Generate, score and compute the loss on all prompts; nothing is filtered, selected or stored.
+
+        Sampling here leaves the random state of training as it was.
+        """
         kept = (self.window, self.generations, self.num_tokens, self.context.training)
         self.context.training = False
         self.model.eval()
         prompts = 0
         try:
-            for rows in dataloader:
-                prompts += len(rows)
-                rollouts = self.roll_out(rows, self._eval_generations)
-                samples = self._samples(rollouts, torch.ones(rollouts.num_rows, dtype=torch.bool))
-                counters = Counters(
-                    rows=samples.num_rows,
-                    tokens=int(samples.lengths.sum()),
-                    completion_tokens=int(samples.completion_lengths.sum()),
-                )
-                self.window = Window(samples, counters, 0)
-                own = samples.take(self._share(samples.num_rows)).to(self.args.device)
-                loss = self.compute_loss(self.model, own)
-                self._record("loss", loss)
+            with torch.random.fork_rng():
+                for rows in dataloader:
+                    prompts += len(rows)
+                    self._evaluate_batch(rows)
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.drain("eval").items()}
         finally:
             self.window, self.generations, self.num_tokens, self.context.training = kept
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=prompts)
+
+    def _evaluate_batch(self, rows: list[dict[str, Any]]) -> None:
+        rollouts = self.roll_out(rows, self._eval_generations)
+        samples = self._samples(rollouts, torch.ones(rollouts.num_rows, dtype=torch.bool))
+        self.window = Window(samples, _counters(samples), 0)
+        own = samples.take(self._share(samples.num_rows)).to(self.args.device)
+        self._record("loss", self.compute_loss(self.model, own))
 
     # -- state ----------------------------------------------------------------------------------------------------
     def state_of_run(self) -> dict[str, Any]:
@@ -411,6 +406,15 @@ class OnlineTrainer(RolloutSteps):
         self.model.zero_grad()
         self._save_checkpoint(model, None)
         logger.error("The run stops; checkpoint-%d was saved before it.", self.state.global_step)
+
+
+def _counters(samples: Samples, slices: int = 1) -> Counters:
+    return Counters(
+        rows=samples.num_rows,
+        tokens=int(samples.lengths.sum()),
+        completion_tokens=int(samples.completion_lengths.sum()),
+        slices=slices,
+    )
 
 
 def _reward_weights(weights: list[float] | None, names: list[str]) -> Tensor:
