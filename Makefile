@@ -29,7 +29,7 @@ help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: $(STAMP)  ## Train a real model on a real task (MODEL, TASK, STEPS and SEED can be set).
-	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo/run.py $(DEMO_OPTIONS)
+	@TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo/run.py $(DEMO_OPTIONS)
 
 test: $(STAMP)  ## Run the tests of the core and of every plugin, except the slow ones.
 	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(ARGS)
