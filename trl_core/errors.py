@@ -81,6 +81,12 @@ class CheckpointError(TRLCoreError, ValueError):
     """A checkpoint is incomplete, damaged, or was written by another algorithm or with other options."""
 
 
+# -- conformance ------------------------------------------------------------------------------------------------------
+class ConformanceError(TRLCoreError, AssertionError):
+    """An algorithm does not keep what `trl_core.testing` checks."""
+
+
+# -- warnings ---------------------------------------------------------------------------------------------------------
 class TRLExperimentalWarning(UserWarning):
     """An experimental algorithm is used; it may change between minor releases. See `TRL_EXPERIMENTAL_SILENCE`."""
 

@@ -1,0 +1,266 @@
+"""The conformance kit: what every algorithm must keep, as plain functions that any test runner can call.
+
+The whole conformance test of a plugin:
+
+    SUBJECT = Subject("trl-gfpo:gfpo", options={"num_remains_in_group": 2}, arguments={"group_filter_func": "shortest"})
+
+
+    @pytest.mark.parametrize("check", conformance_checks(SUBJECT))
+    def test_conformance(check, tmp_path):
+        check(tmp_path)
+
+A check that fails raises an error that says how to mend it. One that can say nothing, because a check it builds on
+fails or because it does not apply, raises `unittest.SkipTest`: one fault is reported once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import SkipTest
+
+import torch
+from importlib_metadata import requires
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from torch import Tensor
+from transformers import TrainingArguments
+
+from ..batch import TokenRows
+from ..composition import Hooks, compose
+from ..discovery import CORE, load
+from ..errors import ConfigError, ConformanceError
+from ..training.state import checkpoints, join_tensors, split_tensors
+from .subject import Subject
+
+Check = Callable[[Subject, Path], None]
+SPLITS = ((16, 1), (8, 2), (4, 4), (2, 8))
+"""Rows of a micro-batch and micro-batches of a step; the last cuts groups of 4."""
+SPLIT_TOLERANCE = 1e-5
+"""Relative to the change that training made, of which rounding moves about 1e-6."""
+
+
+def _require(condition: object, what: str, mend: str) -> None:
+    if not condition:
+        raise ConformanceError(what, mend=mend)
+
+
+def _first(earlier: Check, subject: Subject, folder: Path) -> None:
+    """Skip what follows if an earlier check fails."""
+    try:
+        earlier(subject, folder)
+    except Exception as error:
+        raise SkipTest(f"{earlier.__name__}: {error}") from error
+
+
+# -- what the distribution says ---------------------------------------------------------------------------------------
+_LIST = "import sys, trl_core; print(trl_core.list_algorithms()); print(*sys.modules)"
+
+
+def check_is_listed_without_import(subject: Subject, folder: Path) -> None:
+    """`list_algorithms` shows it, and imports neither it nor torch to do so."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", _LIST], capture_output=True, text=True, env=environment, check=True)
+    listed, modules = done.stdout.splitlines()[-2:]
+    for info in subject.infos:
+        _require(repr(info) in listed, f"{info} is not listed.", "Look at what `trl-core list` reports.")
+        imported = {"torch", info.value.partition(":")[0]} & set(modules.split())
+        _require(not imported, f"Listing {info} imports {imported}.", "Find out what does, a .pth file perhaps.")
+
+
+def check_declares_its_range(subject: Subject, folder: Path) -> None:
+    """The distribution says which versions of trl-core it works with."""
+    for name in {info.distribution for info in subject.infos} - {CORE}:
+        needs = [Requirement(text) for text in requires(name) or []]
+        ranges = [str(need.specifier) for need in needs if canonicalize_name(need.name) == CORE]
+        _require(any(ranges), f"{name} requires no particular version of {CORE}.", f"Require {CORE}>=0.1,<0.3, say.")
+
+
+# -- what it registers ------------------------------------------------------------------------------------------------
+def check_loads(subject: Subject, folder: Path) -> None:
+    """The entry point leads to an `Algorithm` of its name."""
+    for info in subject.infos:
+        load(info)
+
+
+def check_hooks_fit_the_contract(subject: Subject, folder: Path) -> None:
+    """Every hook exists, takes arguments it may take, gives none a default, and no other provides the same step."""
+    _first(check_loads, subject, folder)
+    compose(subject.name)
+
+
+def check_options_have_default_and_help(subject: Subject, folder: Path) -> None:
+    """Every option has a default value and a help text, so that it can be left out and looked up."""
+    _first(check_hooks_fit_the_contract, subject, folder)
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    configs = [config for info in subject.infos if (config := load(info).config) is not None]
+    for f in (f for config in configs for f in dataclasses.fields(config) if f.name not in inherited):
+        what, mend = f"The option {f.name!r} has no", f'Write {f.name}: ... = option(default, "What it does.").'
+        _require({f.default, f.default_factory} != {dataclasses.MISSING}, f"{what} default value.", mend)
+        _require(f.metadata.get("help"), f"{what} help text.", mend)
+
+
+def check_options_are_new(subject: Subject, folder: Path) -> None:
+    """No option is one that the base has."""
+    _first(check_options_have_default_and_help, subject, folder)
+    assert subject.composition().config_class  # made on first use, which compares the options
+
+
+# -- what it computes -------------------------------------------------------------------------------------------------
+def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one of the two has, or under which they differ."""
+    both = one.keys() & other.keys()
+    unequal = {name for name in both if not torch.equal(one[name].nan_to_num(), other[name].nan_to_num())}
+    return sorted((one.keys() ^ other.keys()) | unequal)
+
+
+def _require_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str, mend: str) -> None:
+    differing = _differing(one, other)
+    _require(not differing, f"{what}: {len(differing)} of {len(one)} tensors differ, {differing[:1]} first.", mend)
+
+
+def check_same_seed_gives_same_weights(subject: Subject, folder: Path) -> None:
+    """Two runs with one seed end with the same weights, bit for bit."""
+    _first(check_options_are_new, subject, folder)
+    mend = "Draw random numbers from torch's global generator, or from one seeded with args.seed; sort sets."
+    _require_equal(*subject.two_runs, "Two runs with the same seed end with other weights", mend)
+
+
+def check_acts(subject: Subject, folder: Path) -> None:
+    """Under the options given it trains otherwise than its base; if not, the other checks would show nothing."""
+    _first(check_same_seed_gives_same_weights, subject, folder)
+    differs = _differing(subject.two_runs[0], subject.train(folder, base=True))
+    _require(differs, f"{subject.name!r} trains exactly as its base.", "Give Subject(options=...) under which it acts.")
+
+
+def check_neutral_setting_equals_base(subject: Subject, folder: Path) -> None:
+    """Under its neutral options it trains exactly as its base does."""
+    _first(check_same_seed_gives_same_weights, subject, folder)
+    if subject.neutral is None:
+        raise SkipTest(f"{subject.name} has no neutral setting.")
+    base, own = (subject.train(folder / str(base), base=base, **subject.neutral) for base in (True, False))
+    mend = "Let every hook return what it was given when there is nothing to do."
+    _require_equal(base, own, f"{subject.name!r} does not equal its base under {subject.neutral}", mend)
+
+
+def check_micro_batches_do_not_matter(subject: Subject, folder: Path) -> None:
+    """However the rows of an optimizer step are cut into micro-batches, the step is the same."""
+    _first(check_same_seed_gives_same_weights, subject, folder)
+    # Plain gradient descent, for Adam and clipping would hide a wrong factor.
+    options: Any = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 2, "num_iterations": 1}
+    runs = [subject.trainer(folder / "start").model.state_dict()]
+    for rows, cuts in SPLITS:
+        split: Any = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": cuts}
+        runs.append(subject.train(folder / str(cuts), **options, **split, steps_per_generation=cuts))
+    start, whole, *others = [torch.cat([w.double().flatten() for w in weights.values()]) for weights in runs]
+    for (rows, cuts), other in zip(SPLITS[1:], others, strict=True):
+        gap = float((other - whole).norm() / (whole - start).norm())
+        what = f"{cuts} micro-batches of {rows} rows train otherwise than one of {rows * cuts}: relative gap {gap:.1g}."
+        mend = "Return terms per token; leave every mean over rows or tokens to the core."
+        _require(gap <= SPLIT_TOLERANCE, what, mend)
+
+
+def check_resumes_exactly_at_every_step(subject: Subject, folder: Path) -> None:
+    """A run resumed from any of its checkpoints ends with the weights of the run that was not stopped."""
+    _first(check_same_seed_gives_same_weights, subject, folder)
+    subject.train(folder / "saved", save_strategy="steps", save_steps=1)
+    mend = "Give the hooks class state_dict and load_state_dict with all that changes during training."
+    for checkpoint in checkpoints(folder / "saved")[:-1]:
+        weights = subject.train(folder / checkpoint.name, resume=checkpoint)
+        _require_equal(subject.two_runs[0], weights, f"Resumed from {checkpoint.name}, training ends elsewhere", mend)
+
+
+def check_evaluation_changes_nothing(subject: Subject, folder: Path) -> None:
+    """A run that evaluates after every step ends with the weights of one that never does."""
+    _first(check_same_seed_gives_same_weights, subject, folder)
+    weights = subject.train(folder, eval_strategy="steps", eval_steps=1)
+    mend = "Change nothing in a hook while context.training is False."
+    _require_equal(subject.two_runs[0], weights, "With evaluation, training ends with other weights", mend)
+
+
+def check_state_survives_storage(subject: Subject, folder: Path) -> None:
+    """The state of the hooks is the same after a way through JSON and safetensors into a fresh trainer."""
+    _first(check_options_are_new, subject, folder)
+    trained, fresh = (subject.trainer(folder / name) for name in ("trained", "fresh"))
+    trained.train()
+    plain, tensors = _stored(trained.hooks)
+    fresh.hooks.load_state_dict(join_tensors(json.loads(plain), tensors))
+    plain_again, tensors_again = _stored(fresh.hooks)
+    what, mend = f"The state of {subject.name!r} changes when it is saved and loaded", "Load all that state_dict holds."
+    _require(plain == plain_again, f"{what}: {plain} becomes {plain_again}.", mend)
+    _require_equal(tensors, tensors_again, what, mend)
+
+
+def _stored(hooks: Hooks) -> tuple[str, dict[str, Tensor]]:
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(split_tensors(hooks.state_dict(), tensors)), tensors
+
+
+def check_hooks_leave_their_arguments_alone(subject: Subject, folder: Path) -> None:
+    """No hook changes the rows or tensors it is given: what other plugins see would depend on their order."""
+    _first(check_options_are_new, subject, folder)
+    trainer, changed = subject.trainer(folder), set[str]()
+    given: list[dict[str, Tensor]] = []
+
+    def before(hook: str, _: Any, arguments: dict[str, Any]) -> None:
+        given.append({name: value.detach().clone() for name, value in _tensors(arguments).items()})
+
+    def after(_: Any, hook: str, __: Any, arguments: dict[str, Any]) -> None:
+        changed.update(f"{hook}: {name}" for name in _differing(_tensors(arguments), given.pop()))
+
+    trainer.hooks.manager.add_hookcall_monitoring(before, after)
+    trainer.train()
+    _require(not changed, f"Hooks of {subject.name!r} change their arguments: {sorted(changed)}.", "Return a copy.")
+
+
+def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    rows = {name: value.tensors() for name, value in arguments.items() if isinstance(value, TokenRows)}
+    inner = {f"{name}.{key}": tensor for name, tensors in rows.items() for key, tensor in tensors.items()}
+    return inner | {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+# -- running them -----------------------------------------------------------------------------------------------------
+CHECKS: tuple[Check, ...] = tuple(value for name, value in list(globals().items()) if name.startswith("check_"))
+"""All checks, in the order in which they build on each other."""
+
+
+def conformance_checks(subject: Subject, exempt: Mapping[str, str] | None = None) -> list[Callable[[Path], None]]:
+    """All checks of one subject, each to be called with an empty folder; for `pytest.mark.parametrize`.
+
+    Args:
+        subject: what to check.
+        exempt: name of a check to the reason why the subject does not keep it. A check that passes all the same
+            fails, so that no exemption outlives its reason.
+
+    Raises:
+        ConfigError: `exempt` names no check.
+    """
+    exempt, names = dict(exempt or {}), [check.__name__ for check in CHECKS]
+    if unknown := set(exempt) - set(names):
+        raise ConfigError(f"Exemptions name unknown checks: {sorted(unknown)}.", mend=f"Known are {', '.join(names)}.")
+    return [_bound(check, subject, exempt.get(check.__name__)) for check in CHECKS]
+
+
+def _bound(check: Check, subject: Subject, reason: str | None) -> Callable[[Path], None]:
+    @functools.wraps(check)
+    def run(folder: Path) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a model this small gains nothing from more, and they wait for each other
+        try:
+            check(subject, folder)
+        except Exception as error:
+            if reason is None or isinstance(error, SkipTest):
+                raise
+            raise SkipTest(f"Exempt, {reason}: {error}") from error
+        finally:
+            torch.set_num_threads(threads)
+        _require(reason is None, f"{check.__name__} passes, but is exempt.", "Remove the exemption.")
+
+    return run
