@@ -200,6 +200,8 @@ class GRPO:
             args.vllm_importance_sampling_clip_max,
         )
         prefix, count = "sampling/sampling_logp_difference", difference.numel()
+        if not count:
+            return ratio
         self.context.log(f"{prefix}/mean", difference.abs().mean(), count)
         self.context.log(f"{prefix}/max", difference.abs().max(), reduce="max")
         for name, value in (("min", ratio.min()), ("max", ratio.max())):
@@ -249,6 +251,7 @@ class GRPO:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        self._entropy_sums.zero_()
         self.entropy_coef = state["entropy_coef"]
         self.last_entropy = float("inf") if state["last_entropy"] is None else state["last_entropy"]
 

@@ -98,10 +98,11 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout module to 0."""
+    """Set every dropout probability to 0: those of dropout modules, and those that modules keep as a number."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
 
 
 def is_peft(model: nn.Module) -> bool:

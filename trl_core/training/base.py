@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy
 import torch
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..composition import Composition
 from ..discovery import core_version
@@ -33,7 +36,16 @@ from ..models.loading import (
 )
 from ..models.reference import ReferenceModel, mix_into
 from .metrics import Metrics
-from .state import check_origin, newest_complete, read_manifest, read_state, write_manifest, write_tensors
+from .state import (
+    check_origin,
+    join_tensors,
+    newest_complete,
+    read_manifest,
+    read_state,
+    rotate,
+    write_manifest,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 REFERENCE_FILE = "reference.safetensors"
@@ -66,11 +78,14 @@ class DefaultHooks:
             mix_into(reference, policy, args.ref_model_mixup_alpha)
 
 
-class _AfterStep(TrainerCallback):
-    """Relays the end of an optimizer step to the `after_step` hooks."""
+class _Steps(TrainerCallback):
+    """Relays the start of an optimizer step to the trainer and its end to the `after_step` hooks."""
 
     def __init__(self, trainer: CoreTrainer) -> None:
         self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
@@ -133,6 +148,9 @@ class CoreTrainer(Trainer):
             disable_dropout(policy)
         self.reference = self._make_reference(policy, args, new_adapter=peft_config is not None)
         self._resume: tuple[str, dict[str, Any]] | None = None
+        self._saved_step: int | None = None
+        self._before: Any = None
+        self.failed_everywhere = False
 
         super().__init__(
             model=policy,
@@ -156,7 +174,7 @@ class CoreTrainer(Trainer):
         self.context.process_index = self.accelerator.process_index
         self.context._log = self._record
         self.context._gather = self._gather_flat
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_Steps(self))
 
     # -- checks ---------------------------------------------------------------------------------------------------
     def _checked_args(self, args: Any) -> Any:
@@ -245,9 +263,10 @@ class CoreTrainer(Trainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"loss": str(loss.item()), "rows": rows}, indent=1, default=str))
         if self.args.on_nonfinite_loss == "stop":
+            self.failed_everywhere = True
+            found = f"is {loss.item()}; the {len(rows)} rows of the micro-batch are in {path}"
             raise NonFiniteLossError(
-                f"The loss at step {self.state.global_step + 1} is {loss.item()}; the {len(rows)} rows of the "
-                f"micro-batch are in {path}.",
+                f"The loss at step {self.state.global_step + 1} {found if bad else 'is bad in another process'}.",
                 mend="Lower the learning rate, look at the rows, or set on_nonfinite_loss='skip'.",
             )
         logger.warning("Skipped a micro-batch with a non-finite loss at step %d.", self.state.global_step + 1)
@@ -275,7 +294,44 @@ class CoreTrainer(Trainer):
         ]
         return {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
 
+    def before_step(self) -> None:
+        """Note the state at the start of an optimizer step, to which a failure in it goes back.
+
+        Containers are copied; tensors are not, so hooks must not change those of their state within a step.
+        """
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        rng = (random.getstate(), numpy.random.get_state(), torch.get_rng_state(), devices)
+        self._before = (join_tensors(self.state_of_run(), {}), rng)
+
+    @contextlib.contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Save a checkpoint as of the start of the step if the block fails, so that nothing trained is lost."""
+        self.failed_everywhere = self.accelerator.num_processes == 1
+        try:
+            yield
+        except Exception:
+            self._rescue()
+            raise
+
+    def _rescue(self) -> None:
+        state, (python, numpys, cpu, devices) = self._before
+        random.setstate(python)
+        numpy.random.set_state(numpys)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(devices)
+        self.load_state_of_run(state)
+        if self.state.global_step == 0 or not self.failed_everywhere:
+            return  # nothing is trained yet, or the other processes are not here to take part
+        self.model.zero_grad()
+        try:
+            self._save_checkpoint(self.model_wrapped, None)
+            logger.error("The run stops; checkpoint-%d is saved.", self.state.global_step)
+        except Exception:
+            logger.exception("No checkpoint could be saved.")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.state.global_step == self._saved_step:
+            return  # writing it again would leave the run without it for a while
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
@@ -297,14 +353,11 @@ class CoreTrainer(Trainer):
                 "composition": self.composition.provenance(),
                 "options": json.loads(json.dumps(self.resume_options(), default=str)),
                 "state": plain,
+                "save_only_model": self.args.save_only_model,
             }
             write_manifest(folder, record)
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(folder, limit, self.state.best_model_checkpoint)
+        self._saved_step = self.state.global_step
         self.accelerator.wait_for_everyone()
 
     def train(
@@ -323,10 +376,16 @@ class CoreTrainer(Trainer):
         Raises:
             CheckpointError: there is no complete checkpoint, or it is from another algorithm or other options.
         """
-        self._resume = None
+        self._resume = self._saved_step = None
+        self.metrics = Metrics()
         if resume_from_checkpoint:
             folder = self._find_checkpoint(resume_from_checkpoint)
             record = read_manifest(folder)
+            if record.get("save_only_model"):
+                raise CheckpointError(
+                    f"{folder.name} holds no optimizer state: it was written with save_only_model=True.",
+                    mend="Start a new run from its weights: pass the folder as `model`.",
+                )
             difference = check_origin(record, self.composition.provenance(), self.resume_options())
             if difference and self.args.resume_check == "strict":
                 raise CheckpointError(
@@ -337,6 +396,8 @@ class CoreTrainer(Trainer):
                 logger.warning("Resuming %s with other options: %s.", folder.name, difference)
             self._resume = (str(folder), record)
             resume_from_checkpoint = str(folder)
+            if folder.resolve().parent == Path(self.args.output_dir).resolve():
+                self._saved_step = int(folder.name.rpartition("-")[2])
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
 
     def _find_checkpoint(self, given: str | bool) -> Path:

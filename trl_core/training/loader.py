@@ -9,7 +9,7 @@ micro-steps when it resumes without knowing anything of this.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -47,26 +47,44 @@ class RepeatSampler(Sampler[list[int]]):
 
 
 class RepeatStream(IterableDataset[list[Any]]):
-    """The same for a dataset without length: chunks of a stream, each repeated."""
+    """The same for a dataset without length: chunks of a stream, each repeated, epoch after epoch without end.
+
+    The training loop takes all of it for one epoch, so that it can skip what a resumed run has already used.
+    """
 
     def __init__(self, dataset: Any, prompts: int, repeats: int) -> None:
         self.dataset, self.prompts, self.repeats = dataset, prompts, repeats
 
     def __iter__(self) -> Iterator[list[Any]]:
-        rows = iter(self.dataset)
-        while len(chunk := list(islice(rows, self.prompts))) == self.prompts:
-            for _ in range(self.repeats):
-                yield chunk
+        for rows in _epochs(self.dataset):
+            chunk: list[Any] | None = None
+            while len(following := list(islice(rows, self.prompts))) == self.prompts:
+                chunk = following
+                for _ in range(self.repeats):
+                    yield chunk
+            if chunk is None:
+                raise _too_few("The stream of train_dataset", len(following), self.prompts)
+
+
+def _epochs(dataset: Any) -> Iterator[Iterator[Any]]:
+    """The rows of a stream, again and again, each time in the order of that epoch."""
+    for epoch in count():
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
+        yield iter(dataset)
 
 
 class PromptLoader(DataLoader[Any]):
     """A DataLoader that passes `set_epoch` on to its sampler."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Without a generator of its own every pass would draw from the random state of the run.
+        super().__init__(*args, **kwargs | {"generator": torch.Generator()})
+
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop at the start of each epoch."""
-        target: Any = self.dataset.dataset if isinstance(self.dataset, RepeatStream) else self.batch_sampler
-        if hasattr(target, "set_epoch"):
-            target.set_epoch(epoch)
+        if isinstance(self.batch_sampler, RepeatSampler):
+            self.batch_sampler.set_epoch(epoch)
 
 
 def prompt_loader(dataset: Any, *, prompts: int, repeats: int, seed: int | None, split: str) -> PromptLoader:
@@ -79,12 +97,16 @@ def prompt_loader(dataset: Any, *, prompts: int, repeats: int, seed: int | None,
         return PromptLoader(RepeatStream(dataset, prompts, repeats), batch_size=None, collate_fn=_as_is)
     sampler = RepeatSampler(len(dataset), prompts, repeats, seed)
     if not len(sampler):
-        raise DatasetError(
-            f"{split} has {len(dataset)} prompts, but a generation batch needs {prompts} (generation_batch_size / "
-            "num_generations).",
-            mend="Add prompts, or lower the batch size or gradient_accumulation_steps.",
-        )
+        raise _too_few(split, len(dataset), prompts)
     return PromptLoader(dataset, batch_sampler=sampler, collate_fn=_as_is)
+
+
+def _too_few(split: str, rows: int, prompts: int) -> DatasetError:
+    return DatasetError(
+        f"{split} has {rows} prompts, but a generation batch needs {prompts} (generation_batch_size / "
+        "num_generations).",
+        mend="Add prompts, or lower the batch size or gradient_accumulation_steps.",
+    )
 
 
 def _as_is(rows: Any) -> Any:
@@ -127,12 +149,9 @@ class SparePrompts:
         self.drawn, self._rows = drawn, None
 
     def _endless(self) -> Iterator[Any]:
-        epoch = 0
-        while True:
-            if hasattr(self.dataset, "__len__"):
-                # Another stream than the main order of the same seed.
-                order = permutation(len(self.dataset), None if self.seed is None else (self.seed, epoch, 1))
-                yield from (self.dataset[i] for i in order)
-            else:
-                yield from self.dataset
-            epoch += 1
+        if not hasattr(self.dataset, "__len__"):
+            yield from chain.from_iterable(_epochs(self.dataset))
+        for epoch in count():
+            # Another stream than the main order of the same seed.
+            order = permutation(len(self.dataset), None if self.seed is None else (self.seed, epoch, 1))
+            yield from (self.dataset[i] for i in order)

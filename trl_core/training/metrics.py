@@ -13,38 +13,44 @@ from torch import Tensor
 from ..batch import Rollouts
 from ..stages.advantages import group_std
 
-Entry = tuple[float | Tensor, float | Tensor, str]
+Entry = tuple[int, float | Tensor, float | Tensor, str]
 
 
 class Metrics:
-    """Entries of the current logging interval; training and evaluation are kept apart."""
+    """Entries of the current logging interval; training and evaluation are kept apart.
+
+    Attributes:
+        tick: number of the micro-step, the same in all processes; what they record in one tick is joined.
+    """
 
     def __init__(self) -> None:
+        self.tick = 0
         self._entries: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
 
     def record(self, mode: str, name: str, value: Any, weight: Any = 1.0, reduce: str = "mean") -> None:
         """Add one entry; see `HookContext.log`. Tensors are read only when the log line is written."""
         entry = tuple(x.detach() if isinstance(x, Tensor) else x for x in (value, weight))
-        self._entries[mode][name].append((entry[0], entry[1], reduce))
+        self._entries[mode][name].append((self.tick, entry[0], entry[1], reduce))
 
     def drain(self, mode: str) -> dict[str, float]:
         """Averages over the interval, equal in all processes; forgets the entries."""
         local = {
-            name: [(float(value), float(weight), reduce) for value, weight, reduce in entries]
+            name: [(tick, float(value), float(weight), reduce) for tick, value, weight, reduce in entries]
             for name, entries in self._entries.pop(mode, {}).items()
         }
         everywhere = gather_object([local])
         averages = {}
         for name in dict.fromkeys(name for process in everywhere for name in process):
-            columns = [process[name] for process in everywhere if name in process]
-            joined = [_join(entries) for entries in zip(*columns, strict=False)]
-            finite = [value for value in joined if not math.isnan(value)]
+            by_tick: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
+            for entry in (entry for process in everywhere for entry in process.get(name, [])):
+                by_tick[entry[0]].append(entry[1:])
+            finite = [value for value in map(_join, by_tick.values()) if not math.isnan(value)]
             if finite:
                 averages[name] = sum(finite) / len(finite)
         return averages
 
 
-def _join(entries: tuple[tuple[float, float, str], ...]) -> float:
+def _join(entries: list[tuple[float, float, str]]) -> float:
     present = [(value, weight) for value, weight, _ in entries if not math.isnan(value)]
     if not present:
         return math.nan

@@ -245,18 +245,13 @@ class OnlineTrainer(RolloutSteps):
 
     # -- loss -----------------------------------------------------------------------------------------------------
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-step; a failing reward function or backend stops the run after a checkpoint."""
+        """One micro-step; what fails in it (a reward function, a backend, the loss) stops the run after saving."""
+        self.metrics.tick += 1
         start = time.perf_counter()
-        fresh = self.window is None or self.window.used >= self.args.micro_steps
-        before = self._snapshot() if fresh else None
-        try:
+        with self.rescued():
             inputs = self._prepare_inputs(inputs)
-        except Exception:
-            if before is not None:
-                self._rescue(model, before)
-            raise
-        update = time.perf_counter()
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            update = time.perf_counter()
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         now = time.perf_counter()
         # Recorded per micro-batch, reported per optimizer step.
         self._record("time/update", (now - update) * self.current_gradient_accumulation_steps)
@@ -282,9 +277,9 @@ class OnlineTrainer(RolloutSteps):
             normalizer=args.token_normalizer,
         )
         if not samples.num_rows:
-            # Nothing of this slice was kept: one dropped token keeps all processes in step.
+            # Nothing of this slice was kept: a row without loss tokens keeps all processes in step.
             samples = _placeholder(self.pad_token_id, self.args.device)
-            weights = torch.zeros(1, device=self.args.device)
+            weights = torch.zeros(0, device=self.args.device)
         logps, samples.entropy, output = token_logps(
             model,
             samples,
@@ -302,9 +297,7 @@ class OnlineTrainer(RolloutSteps):
                 terms[name] = terms[name] + term if name in terms else term
         loss = aggregate(terms, weights, accumulation)
         loss = self._add_router_loss(loss, output, accumulation)
-        tokens = logps.numel() if inputs.num_rows else 0
-        entropy = samples.entropy.detach().mean() if tokens else torch.tensor(float("nan"))
-        self._record("entropy", entropy, tokens)
+        self._record("entropy", samples.entropy.detach().mean(), logps.numel())
         if training:
             loss = self.guard_loss(loss, lambda: _rows_for_inspection(samples, self.processing_class))
         return (loss, output) if return_outputs else loss
@@ -354,7 +347,15 @@ class OnlineTrainer(RolloutSteps):
             self.window, self.generations, self.num_tokens, self.context.training = kept
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=prompts)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation in the middle of a run; a failure in it stops the run after a checkpoint."""
+        self.before_step()
+        with self.rescued():
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        return metrics
+
     def _evaluate_batch(self, rows: list[dict[str, Any]]) -> None:
+        self.metrics.tick += 1
         rollouts = self.roll_out(rows, self._eval_generations)
         samples = self._samples(rollouts, torch.ones(rollouts.num_rows, dtype=torch.bool))
         self.window = Window(samples, _counters(samples), 0)
@@ -362,6 +363,10 @@ class OnlineTrainer(RolloutSteps):
         self._record("loss", self.compute_loss(self.model, own))
 
     # -- state ----------------------------------------------------------------------------------------------------
+    def _prepare_for_training(self, *args: Any) -> Any:
+        self.window = None
+        return super()._prepare_for_training(*args)
+
     def state_of_run(self) -> dict[str, Any]:
         """Also the part-used generation batch and the counters."""
         window = self.window
@@ -388,24 +393,6 @@ class OnlineTrainer(RolloutSteps):
         if saved is not None:
             samples = Samples.from_tensors(saved["samples"])
             self.window = Window(samples, Counters(**saved["counters"]), saved["number"], saved["used"])
-
-    def _snapshot(self) -> dict[str, Any]:
-        """What a failed generation may have changed."""
-        accelerator_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-        return {"state": self.state_of_run(), "cpu": torch.get_rng_state(), "accelerator": accelerator_state}
-
-    def _rescue(self, model: Any, before: dict[str, Any]) -> None:
-        """Save a checkpoint as of before a generation that failed, so that nothing trained is lost."""
-        torch.set_rng_state(before["cpu"])
-        if before["accelerator"] is not None:
-            torch.cuda.set_rng_state_all(before["accelerator"])
-        self.load_state_of_run(before["state"])
-        if self.state.global_step == 0 or self.accelerator.num_processes > 1:
-            # Nothing is trained yet; or the other processes are not here to take part.
-            return
-        self.model.zero_grad()
-        self._save_checkpoint(model, None)
-        logger.error("The run stops; checkpoint-%d was saved before it.", self.state.global_step)
 
 
 def _counters(samples: Samples, slices: int = 1) -> Counters:
@@ -443,13 +430,13 @@ def _placeholder(token: int, device: Any) -> Samples:
         prompt_lengths=one,
         completion_ids=one * token,
         completion_lengths=one,
-        loss_mask=torch.ones(1, dtype=torch.bool),
+        loss_mask=torch.zeros(1, dtype=torch.bool),
         group=one * 0,
-        advantages=torch.zeros(1),
+        advantages=torch.zeros(0),
         position=one * 0,
         reward=torch.zeros(1),
-        ref_logps=torch.zeros(1),
-        sampling_logps=torch.zeros(1),
+        ref_logps=torch.zeros(0),
+        sampling_logps=torch.zeros(0),
     ).to(device)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batch import Generated, Prompts, Rollouts, Samples, Sampling
 from ..data import prompts as prompt_data
-from ..errors import HookResultError
+from ..errors import HookResultError, TRLCoreError
 from ..hookspecs import hookimpl
 from ..stages.advantages import group_std
 from ..stages.generation import generate
@@ -89,7 +89,29 @@ class RolloutSteps(CoreTrainer):
 
         Returns:
             the rollouts of all processes, on the CPU, equal in all of them.
+
+        Raises:
+            TRLCoreError: it failed, here or in another process; then all processes raise.
         """
+        try:
+            failure, own = None, self._own_rollouts(rows, generations)
+        except Exception as error:
+            failure, own = error, None
+        parts = gather_object([own or f"Process {self.accelerator.process_index} failed: {failure}"])
+        messages = [part for part in parts if isinstance(part, str)]
+        if messages:
+            # Raised only now, so that no process waits for one that has stopped.
+            self.failed_everywhere = True
+            raise failure or TRLCoreError(messages[0], mend="See the error of that process.")
+        rollouts = Rollouts.concat([part for part in parts if part.num_rows] or parts[:1])
+        rollouts.reward = weighted_reward(rollouts.rewards, self.reward_weights)
+        if bool(torch.isnan(rollouts.reward).all()) and not self._warned_unscored:
+            self._warned_unscored = True
+            logger.warning("No reward function scored any row of a generation batch; such batches teach nothing.")
+        return rollouts
+
+    def _own_rollouts(self, rows: list[dict[str, Any]], generations: int) -> Rollouts:
+        """The share of this process."""
         own = self._share(len(rows) * generations)
         mine = [rows[i // generations] for i in own]
         for row, i in zip(mine, own, strict=True):
@@ -113,12 +135,6 @@ class RolloutSteps(CoreTrainer):
         start = time.perf_counter()
         rollouts.rewards = self._score(rollouts)
         self._record("time/score", time.perf_counter() - start)
-        if self.accelerator.num_processes > 1:
-            rollouts = Rollouts.concat(gather_object([rollouts]))
-        rollouts.reward = weighted_reward(rollouts.rewards, self.reward_weights)
-        if bool(torch.isnan(rollouts.reward).all()) and not self._warned_unscored:
-            self._warned_unscored = True
-            logger.warning("No reward function scored any row of a generation batch; such batches teach nothing.")
         return rollouts
 
     def _as_rollouts(self, prompts: Prompts, generated: Generated, columns: dict[str, list[Any]]) -> Rollouts:

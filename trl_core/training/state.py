@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.", mend=mend)
     try:
         record: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
-        files: dict[str, int] = record["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files: dict[str, int] = dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"The checkpoint {folder.name!r} is not complete or not from trl-core: {STATE_FILE} is missing or damaged.",
             mend=mend,
@@ -114,13 +115,33 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 def newest_complete(folder: str | Path) -> Path | None:
     """The complete checkpoint with the highest step."""
-    for path in reversed(checkpoints(folder)):
-        try:
-            read_manifest(path)
-        except CheckpointError:
-            continue
-        return path
-    return None
+    return next(filter(is_complete, reversed(checkpoints(folder))), None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether `read_manifest` accepts the checkpoint."""
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest complete checkpoints beside `newest` beyond the limit, and with them every incomplete one.
+
+    Neither `newest` nor `best` is deleted.
+    """
+    if not limit or limit < 1:
+        return
+    kept = {newest, Path(best or newest)}
+    others = [path for path in checkpoints(newest.parent) if path not in kept]
+    complete = [path for path in others if is_complete(path)]
+    complete.sort(key=lambda path: (path / STATE_FILE).stat().st_mtime)
+    surplus = complete[: max(len(complete) + len(kept) - limit, 0)]
+    for path in others:
+        if path not in complete or path in surplus:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_origin(record: dict[str, Any], composition: list[dict[str, str]], options: dict[str, Any]) -> str | None:

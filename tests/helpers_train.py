@@ -1,0 +1,167 @@
+"""Small trainings on a tiny model that several tests, and the scripts they start, share."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+
+from trl_core import get_config, get_trainer
+from trl_core.testing import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+CLOCKS = ("time/", "step_time", "train_runtime", "train_s", "eval_runtime", "eval_s", "eval_time/", "eval_step_time")
+"""Beginnings of the names of logged values that no run repeats."""
+
+
+def reward(completions, **_):
+    """A number that depends on every character."""
+    return [float(sum(map(ord, text)) % 7) + 0.1 * len(text) for text in completions]
+
+
+def coarse_reward(completions, **_):
+    """Equal for all completions of a group often enough to be refilled."""
+    return [float(len(text) % 2) for text in completions]
+
+
+def prompt_dataset(rows: int = 5) -> Dataset:
+    """Prompts of different lengths."""
+    return Dataset.from_list([{"prompt": "ask " + "x" * (i + 1)} for i in range(rows)])
+
+
+def prompt_stream(rows: int = 9) -> IterableDataset:
+    """The same without a length, in another order each epoch."""
+    return prompt_dataset(rows).to_iterable_dataset().shuffle(seed=1, buffer_size=4)
+
+
+def adapted_model(seed: int = 0) -> Any:
+    """A tiny model that already carries an adapter with weights of its own."""
+    model = get_peft_model(tiny_model(seed=seed), lora_config())
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def lora_config() -> LoraConfig:
+    """A small adapter with dropout."""
+    return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def make_trainer(folder: Path | str, algorithm: str = "grpo", trainer: dict[str, Any] | None = None, **options: Any):
+    """A trainer of `algorithm` that logs and saves every step; options and arguments override the small defaults."""
+    torch.set_num_threads(1)
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "steps_per_generation": 4,
+        "num_iterations": 2,
+        "max_completion_length": 6,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "seed": 3,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+    }
+    arguments = {"reward_funcs": reward, "processing_class": TOKENIZER, **(trainer or {})}
+    # Made for each trainer, as a user who starts again would.
+    arguments = {name: value() if name in ("model", "train_dataset") else value for name, value in arguments.items()}
+    arguments.setdefault("model", None)
+    arguments["model"] = arguments["model"] or tiny_model(seed=0, attention_dropout=0.2)
+    arguments.setdefault("train_dataset", prompt_dataset())
+    return get_trainer(algorithm)(args=get_config(algorithm)(**{**defaults, **options}), **arguments)
+
+
+def end_state(trainer: Any) -> dict[str, Any]:
+    """All that a run leaves: weights, reference, optimizer, schedule, state of the algorithms, log without clocks."""
+    reference = trainer.reference.module if trainer.reference is not None else None
+    history = [
+        {name: value for name, value in line.items() if not name.startswith(CLOCKS)}
+        for line in trainer.state.log_history
+    ]
+    return copy.deepcopy(
+        {
+            "weights": dict(trainer.accelerator.unwrap_model(trainer.model).state_dict()),
+            "reference": dict(reference.state_dict()) if reference is not None else {},
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "run": trainer.state_of_run(),
+            "log": [line for line in history if "train_loss" not in line],
+        }
+    )
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two nested structures of tensors and plain values are not identical."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        same = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+        return [] if same else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(key for key in b if key not in a)]
+        missing = object()
+        return [d for key in keys for d in differences(a.get(key, missing), b.get(key, missing), f"{path}/{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, pair in enumerate(zip(a, b, strict=True)) for d in differences(*pair, f"{path}/{i}")]
+    return [] if a == b else [f"{path}: {a!r} != {b!r}"]
+
+
+# -- killing a run from inside ----------------------------------------------------------------------------------------
+KILLED = (
+    "between_steps",
+    "in_save_before_optimizer",
+    "in_save_half_optimizer",
+    "in_save_before_reference",
+    "in_save_before_state",
+    "in_save_before_manifest",
+    "after_save_while_deleting",
+)
+"""Moments at which `kill_at` ends the process; all but the first are in the save of the fourth step."""
+
+
+def kill_at(trainer: Any, where: str) -> None:
+    """Let the process be killed, without any clean-up, at one of the moments `KILLED`."""
+    from trl_core.training import base, state
+
+    def now() -> bool:
+        return trainer.state.global_step == 4
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(owner: Any, name: str, action: Any = die) -> None:
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *a, **k: action(*a) if now() else real(*a, **k))
+
+    def half(value: Any, path: Any) -> None:
+        Path(path).write_bytes(b"half of a file")
+        die()
+
+    if where == "between_steps":
+        before(trainer.hooks.objects["grpo"], "_log_clipping")
+    elif where == "in_save_before_optimizer":
+        before(trainer, "_save_optimizer_and_scheduler")
+    elif where == "in_save_half_optimizer":
+        before(torch, "save", half)
+    elif where == "in_save_before_reference":
+        before(base, "save_file")
+    elif where == "in_save_before_state":
+        before(base, "write_tensors")
+    elif where == "in_save_before_manifest":
+        before(state.os, "replace")
+    else:
+        before(shutil, "rmtree", lambda path, *_: ((Path(path) / "model.safetensors").unlink(), die()))
