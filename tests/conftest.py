@@ -1,0 +1,26 @@
+"""Settings and folders that several tests share."""
+
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
+transformers.logging.disable_progress_bar()
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity_model(tmp_path_factory):
+    """The folder of the model of the reference runs, as `from_pretrained` wants it."""
+    folder = tmp_path_factory.mktemp("parity") / "model"
+    shutil.copytree(PARITY / "model", folder, ignore=shutil.ignore_patterns("weights.npz"))
+    with numpy.load(PARITY / "model" / "weights.npz") as arrays:
+        weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

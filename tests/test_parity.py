@@ -1,0 +1,285 @@
+"""Runs of the reference, repeated step by step: losses, gradients, metrics, advantages and final weights agree.
+
+See tests/parity/README.md for the cases. Where trl-core does not do as the reference did, `EXPLAINED` says why, and the
+case runs with what makes the two alike.
+"""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_core import get_config, get_trainer, hookimpl
+from trl_core.testing import FixedRollouts
+
+from .conftest import PARITY
+
+CASES = sorted(path.stem for path in (PARITY / "cases").glob("*.json"))
+
+EXPLAINED = {
+    "grpo_mask_truncated_dapo": (
+        "The reference divides by all completion tokens, although truncated ones are masked out of the loss; trl-core "
+        "by the loss tokens. token_normalizer='generation' divides as the reference."
+    ),
+    "grpo_steps_per_generation": (
+        "The reference divides each of the two steps that share a generation batch by the tokens of the whole batch; "
+        "trl-core (and later releases of the reference) by the tokens of one step. token_normalizer='generation' "
+        "divides as the reference."
+    ),
+    "gfpo_shortest": (
+        "The reference hands the filter the texts of rows i to i+G as group i, but group i are rows i*G to (i+1)*G. "
+        "The filter of this test takes the same wrong rows."
+    ),
+    "gfpo_efficiency": "As gfpo_shortest; the rewards that the filter gets are grouped rightly.",
+}
+
+
+# -- running a case ---------------------------------------------------------------------------------------------------
+class Recorder(FixedRollouts):
+    """Replays the completions, and notes which prompts were asked for and every micro-batch of the loss."""
+
+    def __init__(self, generations):
+        super().__init__(generations)
+        self.prompts, self.micro_batches = [], []
+
+    @hookimpl
+    def generate(self, prompts, sampling):
+        self.prompts.append(prompts.ids)
+        return super().generate(prompts, sampling)
+
+    @hookimpl
+    def loss_terms(self, samples, logps):
+        self.micro_batches.append(samples)
+        return {}
+
+
+def load(case):
+    return json.loads((PARITY / "cases" / f"{case}.json").read_text())
+
+
+def text_of(completion):
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def shortest(completions, rewards):
+    return [[-len(text_of(text)) for text in group] for group in completions]
+
+
+def reward_per_character(completions, rewards):
+    pairs = zip(completions, rewards, strict=True)
+    return [[r / max(len(text_of(t)), 1) for t, r in zip(*pair, strict=True)] for pair in pairs]
+
+
+FILTERS = {"shortest": shortest, "reward_per_character": reward_per_character, "reward": lambda texts, rewards: rewards}
+
+
+def with_wrong_rows(function):
+    """The filter on the texts that the reference gave it: group i is rows i to i+G."""
+
+    def wrong(completions, rewards):
+        size, flat = len(completions[0]), [text for group in completions for text in group]
+        return function([flat[i : i + size] for i in range(len(completions))], rewards)
+
+    return wrong
+
+
+def make_filter(case, recipe, as_reference):
+    if recipe["kind"] == "table":
+        tables = iter(recipe["scores_per_generation"])
+        return lambda group_completions, group_rewards: next(tables)
+    function = FILTERS[recipe["kind"]]
+    return with_wrong_rows(function) if case in EXPLAINED and as_reference else function
+
+
+def make_reward(name, generations):
+    tables = iter([generation["rewards"][name] for generation in generations])
+
+    def reward(completions, **_):
+        return next(tables)
+
+    reward.__name__ = name
+    return reward
+
+
+def run(case, model, folder, *, as_reference=True, **options):
+    """Train; returns the trainer, the log lines of its steps and what the recorder noted."""
+    data = load(case)
+    config = get_config(data["algorithm"])
+    known = {f.name for f in dataclasses.fields(config)} - {"generation_batch_size"}  # follows from the others
+    given = {name: value for name, value in data["algorithm_arguments"].items() if name in known}
+    assert set(data["hyperparameters"]) <= known
+    # Set by the case, for the default differs.
+    assert "use_bias_correction_kl" in given
+    args = config(
+        output_dir=str(folder),
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        activation_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        **{**given, **data["hyperparameters"], **options},
+    )
+    recorder = Recorder(data["rollouts"])
+    recipe = data.get("filter")
+    trainer = get_trainer(data["algorithm"])(
+        model=str(model),
+        reward_funcs=[make_reward(name, data["rollouts"]) for name in data["rollouts"][0]["rewards"]],
+        args=args,
+        train_dataset=Dataset.from_list(data["dataset"]),
+        rollouts=recorder,
+        **({"group_filter_func": make_filter(case, recipe, as_reference)} if recipe else {}),
+    )
+    start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return SimpleNamespace(data=data, trainer=trainer, lines=lines, recorder=recorder, start=start)
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+def close(value, expected, relative, absolute, noise=0.0, floor=0.0):
+    """`noise` is the relative float32 noise of the case; ten times it is allowed where that is more."""
+    return abs(value - expected) <= max(absolute + relative * abs(expected), 10 * noise * max(abs(expected), floor))
+
+
+def differing_steps(result):
+    noise = result.data["fp32_noise"]
+    found = []
+    for line, expected in zip(result.lines, result.data["expected"]["steps"], strict=True):
+        values = {
+            "loss": (1e-4, 1e-5, noise["loss_rel"], 1e-2),
+            "grad_norm": (1e-3, 1e-4, noise["grad_norm_rel"], 1e-3),
+            "learning_rate": (1e-9, 0.0),
+        }
+        found += [
+            (expected["step"], name, line[name], expected[name])
+            for name, tolerance in values.items()
+            if not close(line[name], expected[name], *tolerance)
+        ]
+        found += [
+            (expected["step"], name, line.get(name), value)
+            for name, value in expected["metrics"].items()
+            if name not in line or not close(line[name], value, 1e-3, 1e-4, noise["metrics_rel"].get(name, 0.0), 1e-2)
+        ]
+    return found
+
+
+def differing_parameters(result):
+    noise, found = result.data["fp32_noise"], []
+    parameters = dict(result.trainer.model.named_parameters())
+    for name, expected in result.data["expected"]["final_params"].items():
+        value = parameters[name].detach()
+        delta = (value - result.start[name]).norm().item()
+        first = value.flatten()[:4].tolist()
+        checks = {
+            "norm": (value.norm().item(), expected["norm"], 1e-5, 0.0, noise["param_norm_rel"]),
+            "delta_norm": (delta, expected["delta_norm"], 1e-3, 0.0, noise["param_delta_norm_rel"]),
+            "sum": (value.sum().item(), expected["sum"], 0.0, max(1e-2, 10 * noise["param_sum_abs"])),
+            **{
+                f"first {i}": (a, b, 0.0, max(1e-5, 10 * noise["param_first_abs"]))
+                for i, (a, b) in enumerate(zip(first, expected["first"], strict=True))
+            },
+        }
+        found += [(name, what, *values[:2]) for what, values in checks.items() if not close(*values)]
+    return found
+
+
+def generations(result):
+    """The rows that each generation batch trained on, in the order of the generation."""
+    args = result.trainer.args
+    batches = result.recorder.micro_batches
+    for first in range(0, len(batches), args.micro_steps):
+        rows = type(batches[0]).concat(batches[first : first + args.slices])
+        yield rows.take(torch.argsort(rows.position))
+
+
+def differing_generations(result):
+    found = []
+    kept_is_ordered_by_score = "filter" in result.data
+    ours = list(generations(result))
+    assert len(ours) == len(result.data["expected"]["generations"])
+    for number, (rows, expected) in enumerate(zip(ours, result.data["expected"]["generations"], strict=True)):
+        stale = "old_per_token_logps_sum" in expected
+        columns = {
+            "completion_mask_sum": (rows.lengths, 0.0),
+            "advantages": (rows.mean_per_row(rows.advantages), 1e-5),
+            **({"old_per_token_logps_sum": (rows.sum_per_row(rows.old_logps), 1e-3)} if stale else {}),
+            **(
+                {"ref_per_token_logps_sum": (rows.sum_per_row(rows.ref_logps), 1e-3)}
+                if rows.ref_logps is not None
+                else {}
+            ),
+        }
+        # A row whose tokens are all masked out of the loss has no advantage to compare.
+        trained = rows.lengths > 0
+        for name, (values, tolerance) in columns.items():
+            theirs = torch.tensor(expected[name], dtype=torch.float32)
+            if theirs.shape != values.shape:
+                found.append((number, name, values.tolist(), expected[name]))
+                continue
+            mine, theirs = values.float()[trained], theirs[trained]
+            if kept_is_ordered_by_score:
+                mine, theirs = mine.sort().values, theirs.sort().values
+            if not torch.allclose(mine, theirs, rtol=1e-5, atol=tolerance):
+                found.append((number, name, mine.tolist(), theirs.tolist()))
+        tokens = int(rows.completion_lengths.sum())
+        if tokens != expected["num_items_in_batch"]:
+            found.append((number, "num_items_in_batch", tokens, expected["num_items_in_batch"]))
+    return found
+
+
+# -- the tests --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", CASES)
+def test_run_equals_the_reference(case, parity_model, tmp_path):
+    divides = {"token_normalizer": "generation"} if "token_normalizer" in EXPLAINED.get(case, "") else {}
+    result = run(case, parity_model, tmp_path, **divides)
+    recorded = [generation["prompt_ids"] for generation in result.data["rollouts"]]
+    assert result.recorder.prompts == recorded[: len(result.recorder.prompts)]  # the core's own tokenisation
+    assert differing_generations(result) == []
+    assert differing_steps(result) == []
+    assert differing_parameters(result) == []
+
+
+def test_every_case_of_the_folder_is_known():
+    assert len(CASES) == 50
+    assert set(EXPLAINED) < set(CASES)
+
+
+def test_dapo_divides_by_the_tokens_that_are_trained_on(parity_model, tmp_path):
+    # Generation 0: completions of 10, 12, 11, 4, 4, 11, 3 and 7 tokens; the one of 12 is truncated and masked.
+    result = run("grpo_mask_truncated_dapo", parity_model, tmp_path)
+    first, expected = result.lines[0], result.data["expected"]["steps"][0]
+    assert first["loss"] == pytest.approx(expected["loss"] * 62 / 50, rel=1e-4)
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"] * 62 / 50, rel=1e-4)
+
+
+def test_dapo_divides_by_the_tokens_of_one_step(parity_model, tmp_path):
+    # Two steps share the generation, so a step has half of its tokens.
+    result = run("grpo_steps_per_generation", parity_model, tmp_path)
+    first, expected = result.lines[0], result.data["expected"]["steps"][0]
+    assert first["loss"] == pytest.approx(expected["loss"] * 2, rel=1e-4)
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"] * 2, rel=1e-4)
+
+
+def test_filter_gets_the_texts_of_its_own_group(parity_model, tmp_path):
+    # Texts of 4, 17, 16, 11 | 26, 2, 6, 2 characters: the longest of each group goes. The reference kept rows 4, 5
+    # and 6 of the second group, the one of 26 characters among them.
+    result = run("gfpo_shortest", parity_model, tmp_path, as_reference=False)
+    first = next(generations(result))
+    assert first.position.tolist() == [0, 2, 3, 5, 6, 7]
+    # Kept rewards 1.14, -0.57, 0.84 (mean 0.47, std 0.913072) and 0.42, -0.84, -0.28 (mean -0.233333, std 0.631295).
+    by_hand = [0.733706, -1.138888, 0.405181, 1.034746, -0.960836, -0.073911]
+    assert first.mean_per_row(first.advantages).tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_filter_by_efficiency_gets_the_texts_of_its_own_group(parity_model, tmp_path):
+    # Reward per character: 0.116, 0.077, 0.023, -0.082 | -0.155, 0.061, -0.083, -0.058. The reference kept row 6.
+    result = run("gfpo_efficiency", parity_model, tmp_path, as_reference=False)
+    first = next(generations(result))
+    assert first.position.tolist() == [0, 1, 5, 7]
+    # Kept rewards 1.39, 0.23 | 0.61, -0.69, less their group's mean, over the std of all four (0.864157) + 1e-4.
+    by_hand = [0.671097, -0.671097, 0.752091, -0.752091]
+    assert first.mean_per_row(first.advantages).tolist() == pytest.approx(by_hand, abs=1e-5)
