@@ -67,10 +67,10 @@ def main() -> None:
     error = (0.25 / count) ** 0.5
     out += [
         "",
-        f"Accuracies are shares of {count} held-out problems, one completion each: the standard error of a single one",
-        f"is up to {error:.2f}. The held-out problems are the same for all seeds; none is trained on, also not with its",
-        "terms swapped. The gain is mostly that the model stops talking and answers, which a model this small can learn",
-        "in a few dozen steps; it shows that training works, it is no evidence that GFPO beats GRPO.",
+        f"Accuracies are shares of {count} held-out problems, one completion each; the standard error of one",
+        f"is up to {error:.2f}. The held-out problems are the same for all seeds; none is trained on, not with",
+        "its terms swapped either. The gain is mostly that the model stops talking and answers, which it learns",
+        "in a few dozen steps: it shows that training works, it is no evidence that GFPO beats GRPO.",
         "",
     ]
     (HERE / "RESULTS.md").write_text("\n".join(out))
