@@ -53,25 +53,31 @@ def as_markdown(infos: Iterable[AlgorithmInfo]) -> str:
 
 
 def _print_table(usable: list[AlgorithmInfo], broken: list[AlgorithmInfo]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        # One line for each algorithm, whatever its length: a pipe has no width, and grep and cut want whole lines.
-        console.width = 10_000
-    _print_rows(
+    console = make_console()
+    print_rows(
         console,
         ["name", "tag", "distribution", "version", "extends", "summary"],
         [[i.name, i.stability.value, i.distribution, i.version, i.extends or "", i.summary or ""] for i in usable],
     )
     if broken:
         console.print("Installed, but cannot be used:")
-        _print_rows(
+        print_rows(
             console,
             ["name", "tag", "distribution", "version", "reason"],
             [[i.name, i.stability.value, i.distribution, i.version, i.broken or ""] for i in broken],
         )
 
 
-def _print_rows(console: Console, header: list[str], rows: list[list[str]]) -> None:
+def make_console() -> Console:
+    """A console on stdout that never breaks a line in a pipe, which has no width: grep and cut want whole lines."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000
+    return console
+
+
+def print_rows(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
     table = Table(*header, box=SIMPLE_HEAD)
     for row in rows:
         # Text, not str: what a distribution says of itself is no markup of ours.

@@ -15,6 +15,8 @@ from ..errors import TRLCoreError
 
 COMMANDS = {
     "list": "list the installed algorithms",
+    "info": "show the parts, options and hooks of an algorithm or composition",
+    "train": "train a model with an algorithm or composition",
 }
 
 

@@ -1,0 +1,102 @@
+"""The options of a composed config, by who defines them, and how text becomes their values.
+
+`transformers.HfArgumentParser` takes no `str | bool`, leaves "1e-5" of a YAML file as text, and knows no metadata but
+argparse's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import enum
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+if TYPE_CHECKING:
+    from ..composition import Composition
+
+Field = dataclasses.Field[Any]
+TRAINER, LIBRARY = "trainer", "transformers.TrainingArguments"
+_BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+
+
+def fields_of(config: type) -> list[Field]:
+    """The fields of a dataclass with `type` resolved, `default` filled in and plain help."""
+    hints, fields = typing.get_type_hints(config), [copy.copy(f) for f in dataclasses.fields(config)]
+    for f in fields:
+        f.type = hints[f.name]
+        f.default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return fields
+
+
+def groups_of(composition: Composition) -> dict[str, list[Field]]:
+    """The options of a composition by who defines them: each algorithm, last first; the trainer; transformers."""
+    owners: dict[str, str] = {}
+    for part in composition.parts:
+        for cls in reversed(part.algorithm.config.__mro__ if part.algorithm.config else ()):
+            owner = part.algorithm.name
+            if part is composition.parts[0] and cls is not part.algorithm.config:
+                owner = LIBRARY if cls.__module__.startswith("transformers.") else TRAINER
+            owners |= dict.fromkeys(inspect.get_annotations(cls), owner)
+    groups: dict[str, list[Field]] = {part.algorithm.name: [] for part in reversed(composition.parts)}
+    groups |= {TRAINER: [], LIBRARY: []}
+    for f in fields_of(composition.config_class):
+        groups[owners[f.name]].append(f)
+    return {owner: fields for owner, fields in groups.items() if fields}
+
+
+def help_of(f: Field) -> str:
+    """The help of an option, as one line."""
+    return " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
+
+
+def type_name(hint: Any) -> str:
+    """A type as one writes it: `float | None`."""
+    return re.sub(r"\w+\.|<\w+ '|'>", "", str(hint)).replace("NoneType", "None")
+
+
+def kinds(hint: Any) -> Iterable[Any]:
+    """The types that a value may have, text last: it fits everything."""
+    union = typing.get_origin(hint) in (Union, types.UnionType)
+    return sorted(typing.get_args(hint) if union else (hint,), key=lambda kind: kind is str)
+
+
+def is_list(hint: Any) -> bool:
+    """Whether a value may be a list."""
+    return any(list in (kind, typing.get_origin(kind)) for kind in kinds(hint))
+
+
+def read(value: Any, hint: Any) -> Any:
+    """A value of a YAML file or a command line in the first of its types that it fits.
+
+    Raises:
+        TypeError: it fits none.
+    """
+    for kind in kinds(hint):
+        with contextlib.suppress(TypeError, ValueError, KeyError):
+            return _as(kind, typing.get_origin(kind) or kind, value)
+    raise TypeError(f"{value!r} is no {type_name(hint)}")
+
+
+def _as(kind: Any, origin: Any, value: Any) -> Any:
+    if kind is Any or (origin is Literal and value in typing.get_args(kind)):
+        return value
+    if kind is types.NoneType and str(value).lower() in ("none", "null"):
+        return None
+    if kind is bool:
+        return _BOOLS[str(value).lower()]
+    if kind in (int, float) or (kind is str and type(value) in (str, int, float)):
+        return kind(str(value))
+    if origin is list:
+        (item,) = typing.get_args(kind) or (Any,)
+        return [read(entry, item) for entry in (value if isinstance(value, list) else [value])]
+    if origin is dict or dataclasses.is_dataclass(origin):
+        return typing.cast(Any, origin)(**value)
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return origin("no" if value is False else value)  # YAML reads a bare `no` as False
+    raise TypeError

@@ -1,0 +1,239 @@
+"""`trl-core train`: a run from a YAML file and flags."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import os
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, RewardError
+from ..options import option, require
+from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
+from .list import make_console
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """What a run needs beside the options of its algorithm."""
+
+    config: str | None = option(None, "YAML file with any of these keys; flags override it.")
+    model: str | None = option(None, "Folder or Hub id of the model to train. Needed.")
+    dataset: str | None = option(
+        None, "File (.json, .jsonl, .csv, .parquet), folder, or Hub id; NAME:SPLIT names a split. Needed."
+    )
+    dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
+    eval_dataset: str | None = option(None, "The same for evaluation.")
+    reward_funcs: list[str] | None = option(
+        None, "module:function or path/to/file.py:function, or folder or Hub id (owner/name) of a classifier."
+    )
+    peft: dict[str, Any] | None = option(None, "Options of peft.LoraConfig (JSON, or a mapping): train an adapter.")
+    resume: bool | str | None = option(None, "Checkpoint folder, or true for the newest complete one in output_dir.")
+    require: str | None = option(None, "Refuse algorithms less stable than this: stable or experimental.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of the subcommand; those of the algorithm are known only once it is named."""
+    parser.usage = "trl-core train NAME [--config FILE.yaml] [--OPTION VALUE ...]"
+    parser.epilog = "`trl-core train NAME --help` lists all options of an algorithm or composition."
+    parser.add_argument("name", metavar="NAME", help="algorithm, or several joined by +")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="see the help of an algorithm")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked without a model, then train and save.
+
+    Raises:
+        TRLCoreError: something does not fit; see the message.
+    """
+    from ..composition import compose
+
+    composition = compose(args.name)
+    arguments = [(name, Any, option(None, text)) for name, text in composition.arguments.items()]
+    groups = groups_of(composition)
+    own = {f.name for fields in groups.values() for f in fields}
+    groups = {"run": fields_of(dataclasses.make_dataclass("Run", arguments, bases=(RunOptions,))), **groups}
+    values = _settings(args.name, groups, args.options)
+    compose(args.name, require=values.get("require"))
+    _train(composition, values, {name: value for name, value in values.items() if name in own})
+    return 0
+
+
+def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
+    """The YAML file's values, overridden by the flags', each in its type."""
+    hints = {f.name: f.type for fields in groups.values() for f in fields}
+    hints["resume_from_checkpoint"] = hints["resume"]
+    given, unknown = _parser(name, groups).parse_known_args([_spelt(word, hints) for word in words])
+    flags = {key: _parsed(value) for key, value in vars(given).items()}
+    sources = {"The command line": flags | {word.strip("-").split("=")[0]: None for word in unknown}}
+    if "config" in flags:
+        sources = {flags["config"]: _yaml(flags["config"])} | sources
+    values = {}
+    for source, found in sources.items():
+        for key, value in found.items():
+            if key not in hints:
+                what = f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}"
+                raise ConfigError(what, mend=f"See trl-core train {name} --help.")
+            try:
+                values[key] = read(value, hints[key])
+            except TypeError as error:
+                raise ConfigError(f"{source}: {key}: {error}.", mend="Give a value of that type.") from error
+    return values
+
+
+def _parser(name: str, groups: dict[str, list[Field]]) -> argparse.ArgumentParser:
+    usage = f"trl-core train {name} [--config FILE.yaml] [--OPTION VALUE ...]"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    for title, fields in groups.items():
+        group = parser.add_argument_group(f"options of {title}")
+        for f in fields:
+            shown = "" if f.default in (None, "", []) else f" (default: {f.default})"
+            form: dict[str, Any] = {"metavar": "VALUE", "help": (help_of(f) + shown).replace("%", "%%")}
+            if is_list(f.type):
+                form["nargs"] = "+"
+            elif bool in kinds(f.type):
+                form |= {"nargs": "?", "const": True}
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **form)
+    return parser
+
+
+def _spelt(word: str, known: Iterable[str]) -> str:
+    """A flag with underscores; `--no_x` as `--x=false`."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    flag = flag.replace("-", "_")
+    if flag.startswith("no_") and flag not in known:
+        return f"--{flag[3:]}=false"
+    return f"--{flag}{equals}{value}"
+
+
+def _parsed(value: Any) -> Any:
+    """A value given as a flag: JSON where it is that, and a list of one as its only entry."""
+    if isinstance(value, list):
+        return _parsed(value[0]) if len(value) == 1 else value
+    with contextlib.suppress(ValueError):
+        return json.loads(value) if str(value)[:1] in "[{" else value
+    return value
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The config {path!r} cannot be read: {error}", mend="Give a YAML file.") from error
+    require(isinstance(found, dict), f"{path} holds no mapping.", "Write lines of the form `option: value`.")
+    return dict(found)
+
+
+def _did_you_mean(word: Any, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), choices, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_run_file = functools.cache(runpy.run_path)
+
+
+def load_object(spec: Any, key: str) -> Any:
+    """What "module:name" or "path/to/file.py:name" names; anything else as it is.
+
+    Raises:
+        ConfigError: there is no such module, file or name, or importing it fails.
+    """
+    match = re.fullmatch(r"(?:(.+\.py)|([A-Za-z_][\w.]*)):(\w+)", str(spec))
+    if match is None:
+        return spec
+    file, module, name = match.groups()
+    # A console script, unlike `python -m`, does not look for modules where it is run.
+    sys.path.append(os.path.dirname(os.path.abspath(file)) if file else os.getcwd())
+    try:
+        found = _run_file(file) if file else vars(importlib.import_module(module))
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({at.filename}, line {at.lineno})" if os.path.exists(at.filename) else ""
+        what = f"{key}: {spec!r} cannot be imported: {type(error).__name__}: {error}{place}."
+        raise ConfigError(what, mend="Check the spelling, and that it can be imported from here.") from error
+    missing = f"{key}: {file or module} has no {name!r}.{_did_you_mean(name, found)}"
+    require(name in found, missing, "Name something that it defines.")
+    return found[name]
+
+
+def _reward(spec: str) -> Any:
+    found = load_object(spec, "reward_funcs")
+    model = os.path.isdir(str(found)) or re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", str(found))
+    what = f"reward_funcs: {spec!r} is neither a function nor a model."
+    require(callable(found) or bool(model), what, help_of(_field("reward_funcs")))
+    return found
+
+
+def _field(name: str) -> Field:
+    return RunOptions.__dataclass_fields__[name]
+
+
+def _adapter(settings: dict[str, Any]) -> Any:
+    try:
+        return importlib.import_module("peft").LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"peft: {error}", mend="pip install 'trl-core[peft]'; give options of LoraConfig.") from error
+
+
+def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) -> None:
+    trainer_class = composition.trainer_class
+    rewarded = "reward_funcs" in inspect.signature(trainer_class).parameters
+    for name in ["model", "dataset", "reward_funcs"][: 3 if rewarded else 2]:
+        mend = f"Give --{name}, or `{name}:` in the file of --config. {help_of(_field(name))}"
+        require(bool(values.get(name)), f"No {name} is given.", mend)
+    extra = {name: load_object(values[name], name) for name in composition.arguments if name in values}
+    if rewarded:
+        extra["reward_funcs"] = [_reward(spec) for spec in values["reward_funcs"]]
+    if values.get("peft") is not None:
+        extra["peft_config"] = _adapter(values["peft"])
+    options = {"output_dir": f"{composition.name.replace('+', '-')}-output", **options}
+    try:
+        config = composition.config_class(**options | {"report_to": options.get("report_to") or "none"})
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"The options do not fit: {error}", mend="Change the option that is named.") from error
+
+    from transformers import PrinterCallback, ProgressCallback
+
+    from ..data.loading import load
+    from ..training.callbacks import JsonlMetricsCallback, StepLineCallback
+
+    if values.get("eval_dataset"):
+        extra["eval_dataset"] = load(values["eval_dataset"], values.get("dataset_config"), default="test")
+    trainer = trainer_class(
+        model=values["model"],
+        args=config,
+        train_dataset=load(values["dataset"], values.get("dataset_config")),
+        callbacks=[JsonlMetricsCallback(), StepLineCallback(make_console())],
+        **extra,
+    )
+    for printer in (PrinterCallback, ProgressCallback):  # the step line says it better
+        trainer.remove_callback(printer)
+    say = print if trainer.is_world_process_zero() else lambda _: None
+    for part in composition.provenance():
+        say("{algorithm} {version} ({stability}) of {distribution}".format(**part))
+    try:
+        trainer.train(resume_from_checkpoint=values.get("resume", values.get("resume_from_checkpoint")))
+    except RewardError as error:
+        traceback.print_exception(error.__cause__)  # where in the user's code
+        raise
+    trainer.save_model()
+    say(f"model, tokenizer and card: {config.output_dir}\nmetrics: {os.path.join(config.output_dir, 'metrics.jsonl')}")
+    trainer.accelerator.end_training()
