@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from trl_core import Samples, get_config, get_trainer
+from trl_core import Samples, get_config, get_trainer, hookimpl
 from trl_core.testing import FixedRollouts, tiny_model, tiny_tokenizer
 
 EOS = 1
@@ -65,6 +65,25 @@ def table(*values: float | None) -> Any:
         return [values[i % len(values)] for i in range(len(completions))]
 
     return reward
+
+
+class Recorder(FixedRollouts):
+    """Replays completions, and notes which prompts were asked for and every micro-batch of the loss."""
+
+    def __init__(self, generations: dict[str, Any] | list[dict[str, Any]], *, cycle: bool = False) -> None:
+        super().__init__([generations] if isinstance(generations, dict) else generations, cycle=cycle)
+        self.prompts: list[list[list[int]]] = []
+        self.micro_batches: list[Samples] = []
+
+    @hookimpl
+    def generate(self, prompts, sampling):
+        self.prompts.append(prompts.ids)
+        return super().generate(prompts, sampling)
+
+    @hookimpl
+    def loss_terms(self, samples, logps):
+        self.micro_batches.append(samples)
+        return {}
 
 
 def make_trainer(folder: Path | str, algorithm: str = "grpo", trainer: dict[str, Any] | None = None, **options: Any):

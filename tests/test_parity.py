@@ -12,10 +12,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_core import get_config, get_trainer, hookimpl
-from trl_core.testing import FixedRollouts
+from trl_core import get_config, get_trainer
 
 from .conftest import PARITY
+from .helpers_online import Recorder
 
 CASES = sorted(path.stem for path in (PARITY / "cases").glob("*.json"))
 
@@ -38,24 +38,6 @@ EXPLAINED = {
 
 
 # -- running a case ---------------------------------------------------------------------------------------------------
-class Recorder(FixedRollouts):
-    """Replays the completions, and notes which prompts were asked for and every micro-batch of the loss."""
-
-    def __init__(self, generations):
-        super().__init__(generations)
-        self.prompts, self.micro_batches = [], []
-
-    @hookimpl
-    def generate(self, prompts, sampling):
-        self.prompts.append(prompts.ids)
-        return super().generate(prompts, sampling)
-
-    @hookimpl
-    def loss_terms(self, samples, logps):
-        self.micro_batches.append(samples)
-        return {}
-
-
 def load(case):
     return json.loads((PARITY / "cases" / f"{case}.json").read_text())
 

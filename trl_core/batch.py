@@ -128,7 +128,9 @@ class TokenRows:
     def _lengths_on(self, axis: str) -> Tensor:
         if axis == "row":
             return torch.ones_like(self.completion_lengths)
-        return {"prompt": self.prompt_lengths, "completion": self.completion_lengths, "loss": self.lengths}[axis]
+        if axis == "loss":
+            return self.lengths
+        return self.prompt_lengths if axis == "prompt" else self.completion_lengths
 
     def take(self, rows: Tensor | Sequence[int]) -> Self:
         """The given rows (indices into N), in that order, with everything that belongs to them."""

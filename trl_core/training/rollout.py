@@ -150,6 +150,13 @@ class RolloutSteps(CoreTrainer):
                 f"generate returned an empty completion for row {empty[0]}.",
                 mend="Return at least one token per row, for example the terminator.",
             )
+        for name in ("logps", "loss_mask"):
+            given = getattr(generated, name)
+            if given is not None and [len(row) for row in given] != [len(row) for row in ids]:
+                raise HookResultError(
+                    f"generate returned {name} that do not fit its completions.",
+                    mend="Return one value for each token of each completion, the terminator's included.",
+                )
         prompt_ids = generated.prompt_ids or prompts.ids
         flat = torch.tensor([token for row in ids for token in row], dtype=torch.long)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
