@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from trl_core import get_config, get_trainer
-from trl_core.testing import tiny_model, tiny_tokenizer
+from trl_core.testing import FixedRollouts, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CLOCKS = ("time/", "step_time", "train_runtime", "train_s", "eval_runtime", "eval_s", "eval_time/", "eval_step_time")
@@ -122,7 +122,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 # -- killing a run from inside ----------------------------------------------------------------------------------------
 KILLED = (
-    "between_steps",
+    "in_a_step",
     "in_save_before_optimizer",
     "in_save_half_optimizer",
     "in_save_before_reference",
@@ -151,7 +151,7 @@ def kill_at(trainer: Any, where: str) -> None:
         Path(path).write_bytes(b"half of a file")
         die()
 
-    if where == "between_steps":
+    if where == "in_a_step":
         before(trainer.hooks.objects["grpo"], "_log_clipping")
     elif where == "in_save_before_optimizer":
         before(trainer, "_save_optimizer_and_scheduler")
@@ -165,3 +165,77 @@ def kill_at(trainer: Any, where: str) -> None:
         before(state.os, "replace")
     else:
         before(shutil, "rmtree", lambda path, *_: ((Path(path) / "model.safetensors").unlink(), die()))
+
+
+# -- the same rollouts in any number of processes ---------------------------------------------------------------------
+FIXED: dict[str, dict[str, Any]] = {
+    # 8 rows a micro-batch, 16 a generation batch.
+    "dapo": {"rows": 8, "beta": 0.1, "max_steps": 6},
+    "grpo": {"rows": 8, "loss_type": "grpo", "beta": 0.1, "gradient_accumulation_steps": 2, "max_steps": 4},
+    # 6 rows a micro-batch, groups of 4: with two processes a group lies across both.
+    "gfpo": {"rows": 6, "algorithm": "gfpo", "num_remains_in_group": 2, "beta": 0.1, "max_steps": 6},
+    "entropy_quantile": {"rows": 8, "top_entropy_quantile": 0.3, "max_steps": 4},
+    # Row 2 of a group is alone in its micro-batch, so that one of two processes has none.
+    "process_without_rows": {
+        "rows": 2,
+        "algorithm": "gfpo",
+        "filter": lambda completions, rewards: [[1.0, 1.0, 1.0, 0.0] for _ in rewards],
+        "num_remains_in_group": 3,
+        "shuffle_dataset": False,
+        "beta": 0.1,
+        "top_entropy_quantile": 0.5,
+        "max_steps": 4,
+    },
+    "adapter": {"rows": 8, "model": lambda: adapted_model(), "beta": 0.1, "max_steps": 4, "disable_dropout": True},
+    "moving_reference": {"rows": 8, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 5},
+    # One row a batch with the sampler's log-probabilities: a second process has no row at all.
+    "evaluation": {"rows": 8, "evaluate": 1, "beta": 0.1, "max_steps": 1},
+    "evaluation_of_groups": {"rows": 8, "evaluate": 4, "beta": 0.1, "max_steps": 1},
+}
+"""Runs that must not depend on the number of processes; `rows` are those of a micro-batch over all processes."""
+
+
+def fixed_rollouts(rows: int, logps: bool = False) -> FixedRollouts:
+    """Two generations of random completions, some ended and some cut off."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def row() -> list[int]:
+        length = int(torch.randint(1, 6, (1,), generator=generator))
+        ended = [1] if length < 4 else []
+        return torch.randint(5, 261, (length,), generator=generator).tolist() + ended
+
+    entries = [{"completion_ids": [row() for _ in range(rows)]} for _ in range(2)]
+    if logps:
+        entries = [{**entry, "logps": [[-5.0] * len(ids) for ids in entry["completion_ids"]]} for entry in entries]
+    return FixedRollouts(entries, cycle=True)
+
+
+def make_fixed_trainer(folder: Path | str, name: str, processes: int) -> tuple[Any, dict[str, float]]:
+    """Run one of `FIXED` to its end; the trainer and the metrics of its evaluation."""
+    # Plain gradient descent: Adam would blow up the rounding of gradients near 0.
+    options = {
+        "save_strategy": "no",
+        "algorithm": "grpo",
+        "optim": "sgd",
+        "learning_rate": 0.02,
+        "max_grad_norm": 0.0,
+        **FIXED[name],
+    }
+    rows, algorithm, evaluate = options.pop("rows"), options.pop("algorithm"), options.pop("evaluate", 0)
+    slices = options["steps_per_generation"] = 4 if rows == 2 else 2
+    trainer = {"rollouts": fixed_rollouts(rows * slices)}
+    if algorithm == "gfpo":
+        trainer["group_filter_func"] = options.pop("filter", "shortest")
+    trainer["model"] = options.pop("model", tiny_model)
+    if evaluate:
+        options["num_generations_eval"] = evaluate
+        options["per_device_eval_batch_size"] = (1 if evaluate == 1 else 8) // (1 if evaluate == 1 else processes)
+    made = make_trainer(folder, algorithm, trainer, per_device_train_batch_size=rows // processes, **options)
+    made.train()
+    if not evaluate:
+        return made, {}
+    prompts = 1 if evaluate == 1 else 4
+    backend = made.hooks.objects["rollouts"]
+    backend.generations = fixed_rollouts(1 if evaluate == 1 else 8, logps=True).generations
+    metrics = made.evaluate(prompt_dataset(prompts))
+    return made, {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}

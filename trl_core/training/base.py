@@ -419,7 +419,7 @@ class CoreTrainer(Trainer):
             folder, record = self._resume
             self.load_state_of_run(read_state(folder, record))
             if self.reference is not None and self.reference.module is not None:
-                weights = load_file(Path(folder) / REFERENCE_FILE, device=str(self.args.device))
+                weights = load_file(Path(folder) / REFERENCE_FILE)
                 self.accelerator.unwrap_model(self.reference.module).load_state_dict(weights)
         return prepared
 

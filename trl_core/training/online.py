@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -159,6 +160,11 @@ class OnlineTrainer(RolloutSteps):
         keep = torch.ones(rollouts.num_rows, dtype=torch.bool)
         for answer in self.hooks.call.keep(rollouts=rollouts):
             keep &= _checked_keep(answer, rollouts.num_rows)
+        if any(other != keep.tolist() for other in gather_object([keep.tolist()])):
+            raise HookResultError(
+                "The hook keep answered differently in different processes.",
+                mend="Make filters give the same answer for the same rows: no random numbers, no clock.",
+            )
         samples = self._samples(rollouts, keep)
         samples = self.hooks.call.select(samples=samples).validate()
         self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
@@ -338,7 +344,7 @@ class OnlineTrainer(RolloutSteps):
         self.model.eval()
         prompts = 0
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
                 for rows in dataloader:
                     prompts += len(rows)
                     self._evaluate_batch(rows)

@@ -167,7 +167,7 @@ class RolloutSteps(CoreTrainer):
         if self.args.mask_truncated_completions and len(ids):
             mask &= ~torch.repeat_interleave(truncated, lengths)
         logps = generated.logps
-        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True)
+        texts = self.processing_class.batch_decode(ids, skip_special_tokens=True) if ids else []
         return Rollouts(
             prompt_ids=torch.tensor([token for row in prompt_ids for token in row], dtype=torch.long),
             prompt_lengths=torch.tensor([len(row) for row in prompt_ids], dtype=torch.long),
