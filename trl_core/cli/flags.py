@@ -61,9 +61,11 @@ def type_name(hint: Any) -> str:
 
 
 def kinds(hint: Any) -> Iterable[Any]:
-    """The types that a value may have, text last: it fits everything."""
+    """The types that a value may have in the order to try them: None first, and text, which everything is, last."""
     union = typing.get_origin(hint) in (Union, types.UnionType)
-    return sorted(typing.get_args(hint) if union else (hint,), key=lambda kind: kind is str)
+    return sorted(
+        typing.get_args(hint) if union else (hint,), key=lambda kind: (kind is str) - (kind is types.NoneType)
+    )
 
 
 def is_list(hint: Any) -> bool:

@@ -74,22 +74,21 @@ def run(args: argparse.Namespace) -> int:
 def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
     """The YAML file's values, overridden by the flags', each in its type."""
     hints = {f.name: f.type for fields in groups.values() for f in fields}
-    hints["resume_from_checkpoint"] = hints["resume"]
     given, unknown = _parser(name, groups).parse_known_args([_spelt(word, hints) for word in words])
     flags = {key: _parsed(value) for key, value in vars(given).items()}
     sources = {"The command line": flags | {word.strip("-").split("=")[0]: None for word in unknown}}
     if "config" in flags:
         sources = {flags["config"]: _yaml(flags["config"])} | sources
-    values = {}
+    values, mend = {}, f"See trl-core train {name} --help."
     for source, found in sources.items():
         for key, value in found.items():
+            key = "resume" if key == "resume_from_checkpoint" else key
             if key not in hints:
-                what = f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}"
-                raise ConfigError(what, mend=f"See trl-core train {name} --help.")
+                raise ConfigError(f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}", mend=mend)
             try:
                 values[key] = read(value, hints[key])
             except TypeError as error:
-                raise ConfigError(f"{source}: {key}: {error}.", mend="Give a value of that type.") from error
+                raise ConfigError(f"{source}: {key}: {error}.", mend=mend) from error
     return values
 
 
@@ -230,7 +229,7 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     for part in composition.provenance():
         say("{algorithm} {version} ({stability}) of {distribution}".format(**part))
     try:
-        trainer.train(resume_from_checkpoint=values.get("resume", values.get("resume_from_checkpoint")))
+        trainer.train(resume_from_checkpoint=values.get("resume"))
     except RewardError as error:
         traceback.print_exception(error.__cause__)  # where in the user's code
         raise

@@ -174,9 +174,15 @@ class ClassifierReward:
     def __init__(self, model: str | nn.Module, tokenizer: Any, device: Any, trust_remote_code: bool) -> None:
         if isinstance(model, str):
             name = model
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                model, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
+            try:
+                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                    model, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"The reward model {model!r} cannot be loaded: {error}",
+                    mend="Pass a function, or a sequence classifier: a Hub id you can reach, a folder, or a module.",
+                ) from error
         else:
             loaded = model
             name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
