@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from trl_core import hookimpl
 from trl_core.errors import CheckpointError, NonFiniteLossError, RewardError
+from trl_core.testing import FixedRollouts
 from trl_core.training import metrics as metrics_module
 from trl_core.training.metrics import Metrics
 from trl_core.training.state import newest_complete, read_manifest
@@ -528,3 +530,36 @@ def test_metric_of_one_process_is_joined_with_the_same_micro_step(monkeypatch):
     second.drain("train")
     monkeypatch.setattr(metrics_module, "gather_object", lambda value: [*value, *parts])
     assert first.drain("train") == {"m": pytest.approx((1.0 + (2.0 * 30 + 4.0 * 10) / 40) / 2)}
+
+
+def test_generation_without_loss_tokens_leaves_the_weights(tmp_path):
+    # Every completion is cut off and masked; the sampler's log-probabilities are there as well.
+    entry = {"completion_ids": [[10, 11, 12]] * 16, "logps": [[-1.0, -2.0, -3.0]] * 16}
+    trainer = make_trainer(
+        tmp_path,
+        trainer={"rollouts": FixedRollouts([entry])},
+        mask_truncated_completions=True,
+        top_entropy_quantile=0.5,
+        beta=0.1,
+        max_steps=3,
+    )
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert differences(dict(trainer.model.state_dict()), start) == []
+
+
+def test_window_without_rows_is_saved_and_resumed(tmp_path):
+    class KeepNone:
+        @hookimpl
+        def keep(self, rollouts):
+            return torch.zeros(rollouts.num_rows, dtype=torch.bool)
+
+    def trainer(steps):
+        made = make_trainer(tmp_path, max_steps=steps, beta=0.1)
+        made.hooks.manager.register(KeepNone())
+        return made
+
+    trainer(2).train()
+    resumed = trainer(3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.window.used == 3 and resumed.window.samples.num_rows == 0
