@@ -21,7 +21,8 @@ CORE = ROOT / "trl_core"
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 PACKAGES = [CORE, *(package for plugin in PLUGINS for package in plugin.glob("trl_*"))]
 
-CORE_BUDGET = 3600
+# The aim of the first issue was 3,500; what is over it is the command line (about 430) and the kit for plugin authors.
+CORE_BUDGET = 4200
 PLUGIN_BUDGETS = {"trl_gfpo": 140}
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
