@@ -86,6 +86,15 @@ class Recorder(FixedRollouts):
         return {}
 
 
+class Sampled(Recorder):
+    """Only notes what the loss gets; the model samples."""
+
+    generate = None
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+
 def make_trainer(folder: Path | str, algorithm: str = "grpo", trainer: dict[str, Any] | None = None, **options: Any):
     """A trainer without shuffling, saving and output; `trainer` holds its arguments, all else are options."""
     settings = {

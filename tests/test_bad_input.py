@@ -20,7 +20,7 @@ from trl_core.errors import (
 )
 from trl_core.testing import tiny_model, tiny_tokenizer
 
-from .helpers_online import EOS, Recorder, completions, log_lines, make_trainer, prompts, table, weights
+from .helpers_online import EOS, Recorder, Sampled, completions, log_lines, make_trainer, prompts, table, weights
 
 LENGTHS = completions(6, 2, 4, 3)
 
@@ -138,15 +138,6 @@ def test_tokenizer_without_pad_token_pads_with_the_terminator(tmp_path):
     tokenizer = without_pad()
     trainer = make_trainer(tmp_path, trainer={"processing_class": tokenizer})
     assert (trainer.pad_token_id, tokenizer.pad_token_id) == (EOS, EOS)
-
-
-class Sampled(Recorder):
-    """Only notes what the loss gets; the model samples."""
-
-    generate = None
-
-    def __init__(self):
-        super().__init__([])
 
 
 def test_exactly_one_terminator_of_several_is_in_the_loss(tmp_path):
