@@ -10,8 +10,30 @@ GFPO = Subject(
     arguments={"group_filter_func": "shortest"},
     neutral={"num_remains_in_group": 4},
 )
+LEVELS = {"k_very_hard": 4, "k_hard": 3, "k_medium": 3, "k_easy": 2}
+ADAPTIVE = Subject(
+    "trl-gfpo:gfpo",
+    options={"adaptive_difficulty": True, "difficulty_warmup": 2, **LEVELS},
+    arguments={"group_filter_func": "token_efficiency"},
+    neutral=dict.fromkeys(LEVELS, 4),
+)
+AS_IN_THE_PAPER = Subject(
+    "trl-gfpo:gfpo",
+    options={"num_remains_in_group": 2, "gfpo_denominator": "all", "gfpo_std": "population"},
+    arguments={"group_filter_func": "shortest"},
+)
 
 
 @pytest.mark.parametrize("check", conformance_checks(GFPO))
 def test_conformance(check, tmp_path):
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("check", conformance_checks(ADAPTIVE))
+def test_conformance_with_adaptive_difficulty(check, tmp_path):
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("check", conformance_checks(AS_IN_THE_PAPER))
+def test_conformance_with_the_papers_options(check, tmp_path):
     check(tmp_path)

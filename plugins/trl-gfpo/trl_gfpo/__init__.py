@@ -3,8 +3,6 @@
 from trl_gfpo import GFPOConfig, GFPOTrainer
 """
 
-from typing import Any
-
 from trl_core import get_config, get_trainer
 
 from .gfpo import algorithm
@@ -12,7 +10,7 @@ from .gfpo import algorithm
 __all__ = ["GFPOConfig", "GFPOTrainer", "algorithm"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):
     if name in ("GFPOConfig", "GFPOTrainer"):
         return (get_config if name == "GFPOConfig" else get_trainer)("trl-gfpo:gfpo")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

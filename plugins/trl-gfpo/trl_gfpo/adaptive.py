@@ -25,19 +25,19 @@ class Difficulty:
     """How many completions to keep of each prompt: a constant, or by exact running quartiles of mean rewards.
 
     Attributes:
-        levels: the numbers that can occur, of very hard to easy prompts; `(None,)` when nothing is filtered.
+        levels: the numbers that can occur by the options that name them, from very hard to easy prompts.
     """
 
     def __init__(self, args: Any) -> None:
         self.args, self.batches, self.seen = args, 0, torch.zeros(0)
-        by_quarter = (args.k_very_hard, args.k_hard, args.k_medium, args.k_easy)
-        self.levels = by_quarter if args.adaptive_difficulty else (args.num_remains_in_group,)
+        names = "k_very_hard k_hard k_medium k_easy" if args.adaptive_difficulty else "num_remains_in_group"
+        self.levels = {name: getattr(args, name) for name in names.split()}
         both = args.adaptive_difficulty and args.num_remains_in_group is not None
         require(not both, "adaptive_difficulty and num_remains_in_group are both set.", "Set only one of them.")
 
     def remaining(self, means: Tensor) -> Tensor:
         """(P,) completions to keep, from the (P,) mean rewards (NaN: no score), which are added to the sketch first."""
-        levels = torch.tensor(self.levels)
+        levels = torch.tensor(list(self.levels.values()))
         self.seen, self.batches = torch.cat([self.seen, means[~means.isnan()]]), self.batches + 1
         if len(levels) == 1 or self.batches < self.args.difficulty_warmup or not self.seen.numel():
             return levels[:1].expand(means.numel())

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_core import Algorithm, HookContext, Rollouts, hookimpl, option, require_choice
+from trl_core import Algorithm, HookContext, Rollouts, hookimpl, option, require, require_choice
 from trl_core.stages import group_advantages
 
 from .adaptive import AdaptiveOptions, Difficulty
-from .filters import check_remaining, find_filter, group_scores
+from .filters import BUILT_IN, check_remaining, group_scores
 
 
 @dataclass
@@ -27,11 +27,14 @@ class GFPO(Difficulty):
 
     def __init__(self, context: HookContext) -> None:
         super().__init__(context.args)
-        self.context = context
-        self.filter = find_filter(context.arguments["group_filter_func"])
+        self.context, given = context, context.arguments["group_filter_func"]
+        self.filter = BUILT_IN.get(given, given) if isinstance(given, str) else given
         self.kept: Tensor | None = None
         require_choice(self.args, "gfpo_denominator", ("kept", "all"))
         require_choice(self.args, "gfpo_std", ("sample", "population"))
+        self.paper = (self.args.gfpo_denominator, self.args.gfpo_std) != ("kept", "sample")
+        fits = not self.paper or self.args.multi_objective_aggregation == "sum_then_normalize"
+        require(fits, "gfpo_denominator and gfpo_std do not go with normalize_then_sum.", "Leave their defaults.")
         self.active = check_remaining(self.levels, self.args.num_generations, self.filter)
 
     @hookimpl
@@ -40,8 +43,7 @@ class GFPO(Difficulty):
         if not self.active:
             return torch.ones(rollouts.num_rows, dtype=torch.bool)
         rewards = rollouts.by_group(rollouts.reward)
-        scores = group_scores(self.filter, rollouts).masked_fill(rewards.isnan(), -torch.inf)
-        ranks = torch.argsort(scores, dim=1, descending=True, stable=True).argsort(1)
+        ranks = group_scores(self.filter, rollouts, rewards).argsort(dim=1, descending=True, stable=True).argsort(1)
         k = self.remaining(rewards.nanmean(1))
         self.kept = rollouts.flat(ranks < k[:, None])
         self.context.log("gfpo/reward_all", rollouts.reward.nanmean())
@@ -54,8 +56,7 @@ class GFPO(Difficulty):
     def advantages(self, rollouts: Rollouts, keep: Tensor) -> Generator[None, Tensor, Tensor]:
         """The core's answer on the kept rows, unless an option follows the paper."""
         result = yield
-        paper = self.args.gfpo_denominator == "all" or self.args.gfpo_std == "population"
-        if not paper or self.kept is None or not self.context.training:
+        if not self.paper or self.kept is None or not self.context.training:
             return result
         correction = 0 if self.args.gfpo_std == "population" else 1
         return group_advantages(rollouts, rollouts.reward, self.kept & keep, self.args.scale_rewards, correction)
