@@ -132,12 +132,15 @@ def test_grpo_conforms(check, tmp_path):
     check(tmp_path)
 
 
-WITH_STATE = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "use_adaptive_entropy": True}
+WITH_STATE = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "entropy_coef": 0.01}
 PER_MICRO_BATCH = {"check_micro_batches_do_not_matter": "the entropy bonus is a mean over each micro-batch"}
 
 
 @pytest.mark.parametrize(
-    "check", conformance_checks(Subject("trl-core:grpo", {**WITH_STATE, "entropy_target": 99.0}), PER_MICRO_BATCH)
+    "check",
+    conformance_checks(
+        Subject("trl-core:grpo", {**WITH_STATE, "use_adaptive_entropy": True, "entropy_target": 99.0}), PER_MICRO_BATCH
+    ),
 )
 def test_grpo_with_reference_and_adaptive_entropy_conforms(check, tmp_path):
     check(tmp_path)
