@@ -137,3 +137,14 @@ def weights(trainer: Any) -> Tensor:
 def log_lines(trainer: Any) -> list[dict[str, float]]:
     """The log line of each optimizer step."""
     return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def plain_logps(
+    model: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int], temperature: float = 1.0
+) -> list[float]:
+    """Log-probabilities of one completion from one forward over its row, without any of the core's code."""
+    ids = torch.tensor([[*prompt_ids, *completion_ids]])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits[0].float() / temperature
+    places = range(len(prompt_ids) - 1, ids.shape[1] - 1)
+    return [logits[i].log_softmax(-1)[token].item() for i, token in zip(places, completion_ids, strict=True)]

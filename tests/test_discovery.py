@@ -1,4 +1,3 @@
-import importlib
 import os
 import site
 import sys
@@ -21,22 +20,6 @@ from trl_core.errors import (
 from trl_core.stability import Stability
 
 from .helpers_dist import algorithm_source, imported, write_distribution, write_plugin
-
-
-@pytest.fixture
-def packages(tmp_path, monkeypatch):
-    """A folder on the import path; what is imported from it is forgotten afterwards."""
-    folder = tmp_path / "packages"
-    folder.mkdir()
-    # Restores the list itself, so that a test may also let `site` extend it.
-    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    before = set(sys.modules)
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
-            del sys.modules[name]
-    importlib.invalidate_caches()
 
 
 def listed(distribution):

@@ -28,6 +28,7 @@ from .helpers_online import (
     completions,
     log_lines,
     make_trainer,
+    plain_logps,
     prompts,
     table,
     weights,
@@ -42,15 +43,6 @@ def trained(folder, recorder=None, algorithm="grpo", trainer=None, **options):
     made = make_trainer(folder, algorithm, {"rollouts": recorder, **(trainer or {})}, **options)
     made.train()
     return made, recorder
-
-
-def plain_logps(model, prompt_ids, completion_ids):
-    """Log-probabilities of a completion by one forward of one row, without any of the core's code."""
-    ids = torch.tensor([[*prompt_ids, *completion_ids]])
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids).logits[0].float()
-    places = range(len(prompt_ids) - 1, ids.shape[1] - 1)
-    return [logits[i].log_softmax(-1)[token].item() for i, token in zip(places, completion_ids, strict=True)]
 
 
 # -- what reward functions get ----------------------------------------------------------------------------------------

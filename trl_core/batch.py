@@ -149,10 +149,19 @@ class TokenRows:
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
-        """Rows of all parts, one after the other. A field that is None in one part must be None in all."""
+        """Rows of all parts, one after the other.
+
+        Raises:
+            HookResultError: a field is None in some parts only.
+        """
         joined: dict[str, Any] = {}
         for f in fields(cls):
             values = [getattr(part, f.name) for part in parts]
+            if 0 < sum(value is None for value in values) < len(values):
+                raise HookResultError(
+                    f"{cls.__name__}.{f.name} is set in some of the batches to be joined, but not in all.",
+                    mend="Set it in all of them, or set it to None in all.",
+                )
             if isinstance(values[0], Tensor) and "axis" in f.metadata:
                 joined[f.name] = torch.cat(values)
             elif isinstance(values[0], list):
