@@ -194,6 +194,11 @@ class Composition:
                 objects[part.algorithm.name] = part.algorithm.hooks(context)
         for name, provider in (extra or {}).items():
             _check_hooks(type(provider), name)
+            if isinstance(provider, type) or not any(_marked(provider, hook) for hook in hook_kinds()):
+                raise InvalidHookError(
+                    f"{name} must be an object that implements a hook, but it is {provider!r}, which has no hook.",
+                    mend="Pass an instance of a class with @hookimpl methods; see trl_core.hookspecs.",
+                )
             for hook in hook_kinds():
                 if _marked(provider, hook) is not None and any(
                     kind == "provide" and owner != self.root.name for owner, kind in self.chain()[hook]
