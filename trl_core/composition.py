@@ -17,6 +17,9 @@ from .discovery import AlgorithmInfo
 from .errors import AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
 from .hookspecs import PROJECT, HookContext, HookSpecs, hook_kinds
 
+DEFAULTS = "trl_core defaults"
+"""Name under which a trainer's own answers are registered."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
@@ -188,7 +191,7 @@ class Composition:
         manager.add_hookspecs(HookSpecs)
         objects: dict[str, object] = {}
         if defaults is not None:
-            manager.register(defaults, name="trl_core defaults")
+            manager.register(defaults, name=DEFAULTS)
         for part in self.parts:
             if part.algorithm.hooks is not None:
                 objects[part.algorithm.name] = part.algorithm.hooks(context)
@@ -222,9 +225,9 @@ class Hooks:
         self.objects = objects
         self.call = manager.hook
 
-    def refined(self, hook: str) -> bool:
-        """Whether any algorithm wraps this hook."""
-        return any(impl.wrapper for impl in getattr(self.call, hook).get_hookimpls())
+    def changed(self, hook: str) -> bool:
+        """Whether any algorithm provides or refines this hook, instead of the trainer alone."""
+        return any(impl.plugin_name != DEFAULTS for impl in getattr(self.call, hook).get_hookimpls())
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """State of every hook object that has one, by algorithm name."""
@@ -241,13 +244,14 @@ class Hooks:
 _cache: dict[tuple[object, ...], Composition] = {}
 
 
-def compose(name: str, *, require: str | None = None) -> Composition:
+def compose(name: str, *, require: str | None = None, warn: bool = True) -> Composition:
     """Resolve an algorithm's name, or several joined by "+", to a composition.
 
     Args:
         name: "gfpo", "trl-gfpo:gfpo" or "gspo_token+gfpo"; the first named is the closest to the base.
         require: refuse anything less stable: "stable" or "experimental". The environment variable
             `TRL_CORE_REQUIRE` does the same for a whole process.
+        warn: whether this is a use, of which experimental and deprecated algorithms warn.
 
     Raises:
         AlgorithmNotFoundError, AmbiguousAlgorithmError, BrokenAlgorithmError: see `trl_core.discovery`.
@@ -279,7 +283,7 @@ def compose(name: str, *, require: str | None = None) -> Composition:
         composition = Composition("+".join(named), ordered)
         composition.check()
         _cache[key] = composition
-    for part in ordered:
+    for part in ordered if warn else ():
         stability.warn_on_use(part.info, part.algorithm)
     return _cache[key]
 

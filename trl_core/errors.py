@@ -88,7 +88,7 @@ class ConformanceError(TRLCoreError, AssertionError):
 
 # -- warnings ---------------------------------------------------------------------------------------------------------
 class TRLExperimentalWarning(UserWarning):
-    """An experimental algorithm is used; it may change between minor releases. See `TRL_EXPERIMENTAL_SILENCE`."""
+    """An experimental algorithm is used; it may change in any release. See `TRL_EXPERIMENTAL_SILENCE`."""
 
 
 class TRLDeprecationWarning(FutureWarning):

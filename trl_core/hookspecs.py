@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .batch import Generated, Prompts, Rollouts, Samples, Sampling
+    from .stages.aggregate import TokenMean
+
+    LossTerms = dict[str, Tensor | TokenMean]
 
 PROJECT = "trl_core"
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -77,15 +80,6 @@ class HookSpecs:
         gathered rows like `keep`. Who changes it: other baselines, GAE, per-token credit.
         """
 
-    @_provide(refine=True)
-    def select(self, samples: Samples) -> Samples:  # type: ignore[empty-body]
-        """The kept rows of the whole generation batch, possibly replaced, to train on. Training only.
-
-        Runs on gathered rows. Keep `position` of a row that is replaced: it says in which optimizer step the row is
-        used. When an algorithm refines this hook, `old_logps` is always set. Who changes it: replay.
-        """
-
-    # -- reference model ------------------------------------------------------------------------------------------
     @_provide()
     def reference_logps(self, samples: Samples) -> Tensor:  # type: ignore[empty-body]
         """(T,) float32 log-probabilities of this process's rows under the reference model, without gradient.
@@ -93,11 +87,12 @@ class HookSpecs:
         Called only if the algorithm uses a reference. Who changes it: adapters, mixtures, precomputed values.
         """
 
-    @_contribute
-    def after_step(self, step: int, policy: nn.Module, reference: nn.Module | None) -> None:
-        """Called after optimizer step `step` (1, 2, ...) with the bare policy and the reference model, if there is one.
+    @_provide(refine=True)
+    def select(self, samples: Samples) -> Samples:  # type: ignore[empty-body]
+        """The kept rows of the whole generation batch, possibly replaced, to train on. Training only.
 
-        Return nothing. Who changes it: references that follow the policy (TR-DPO, BEMA).
+        Runs on gathered rows. Keep `position` of a row that is replaced: it says in which optimizer step the row is
+        used. When an algorithm implements this hook, `old_logps` is always set. Who changes it: replay.
         """
 
     # -- loss -----------------------------------------------------------------------------------------------------
@@ -109,12 +104,20 @@ class HookSpecs:
         """
 
     @_contribute
-    def loss_terms(self, samples: Samples, logps: Tensor, log_ratio: Tensor) -> dict[str, Tensor]:  # type: ignore[empty-body]
-        """Named (T,) loss terms of a micro-batch; terms of one name, and then all terms, are added.
+    def loss_terms(self, samples: Samples, logps: Tensor, log_ratio: Tensor) -> LossTerms:  # type: ignore[empty-body]
+        """Named loss terms of a micro-batch, each (T,); the terms of all algorithms are added.
 
         Return values per token, never a scalar: `trl_core.stages.aggregate` alone weights tokens, so denominators,
         gradient accumulation and process counts are right whatever you write. A term that must be a mean over
         tokens whatever the algorithm's aggregation is wrapped as `TokenMean(values)`.
+        """
+
+    # -- after the step -------------------------------------------------------------------------------------------
+    @_contribute
+    def after_step(self, step: int, policy: nn.Module, reference: nn.Module | None) -> None:
+        """Called after optimizer step `step` (1, 2, ...) with the bare policy and the reference model, if there is one.
+
+        Return nothing. Who changes it: references that follow the policy (TR-DPO, BEMA).
         """
 
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..composition import compose
 
-    composition = compose(args.name)
+    composition = compose(args.name, warn=False)
     groups = groups_of(composition)
     left_out = [] if args.all else groups.pop(LIBRARY)
     options = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def token_weights(
     return rows.expand(row_weight.float())
 
 
-def aggregate(terms: Mapping[str, Tensor | TokenMean], weights: Tensor, accumulation: int = 1) -> Tensor:
+def aggregate(terms: Mapping[Any, Tensor | TokenMean], weights: Tensor, accumulation: int = 1) -> Tensor:
     """Scalar loss of a micro-batch: the weighted sum of all terms over its tokens."""
     loss = weights.new_zeros(())
     for term in terms.values():

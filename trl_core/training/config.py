@@ -83,7 +83,7 @@ class OnlineConfig(CoreConfig):
 
     _VALID_DICT_FIELDS = [*CoreConfig._VALID_DICT_FIELDS, "generation_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
-    remove_unused_columns: bool = option(False, "Drop dataset columns no reward needs; all are passed to rewards.")
+    remove_unused_columns: bool = option(False, "Not used: all columns are kept and passed to the rewards.")
     shuffle_dataset: bool = option(
         True, "Shuffle prompts each epoch, and groups inside a generation batch that feeds several micro-batches."
     )

@@ -23,7 +23,7 @@ from .completions import CompletionLog
 from .config import as_dict
 from .loader import PromptLoader, SparePrompts, permutation, prompt_loader
 from .metrics import rollout_metrics
-from .rollout import RolloutSteps
+from .rollout import RolloutSteps, checked
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class OnlineTrainer(RolloutSteps):
                 mend="Make filters give the same answer for the same rows: no random numbers, no clock.",
             )
         samples = self._samples(rollouts, keep)
-        samples = self.hooks.call.select(samples=samples).validate()
+        samples = checked("select", self.hooks.call.select(samples=samples), Samples).validate()
         self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
         self._record("num_tokens", float(self.num_tokens))
         self.generations += 1
@@ -174,7 +174,7 @@ class OnlineTrainer(RolloutSteps):
 
     def _samples(self, rollouts: Rollouts, keep: Tensor) -> Samples:
         """The kept rows with advantages and the log-probabilities the loss needs, over all processes."""
-        advantages = self.hooks.call.advantages(rollouts=rollouts, keep=keep)
+        advantages = checked("advantages", self.hooks.call.advantages(rollouts=rollouts, keep=keep), Tensor)
         per_token = rollouts.expand(advantages.float().cpu())
         for name, value in rollout_metrics(rollouts, keep, self.reward_functions.names).items():
             self._record(name, value)
@@ -197,8 +197,8 @@ class OnlineTrainer(RolloutSteps):
     def _add_logps(self, samples: Samples) -> None:
         own = samples.take(self._share(samples.num_rows)).to(self.args.device)
         if self.args.uses_reference:
-            logps = self.hooks.call.reference_logps(samples=own) if own.num_rows else torch.zeros(0)
-            samples.ref_logps = self._gather_flat(logps.float().cpu())
+            logps = self.hooks.call.reference_logps(samples=own) if own.num_rows else own.advantages
+            samples.ref_logps = self._gather_flat(_per_token("reference_logps", logps, own.advantages).float().cpu())
         if self._needs_old_logps(samples):
             policy = self.accelerator.unwrap_model(self.model)
             batch_size = self.args.per_device_train_batch_size
@@ -212,7 +212,7 @@ class OnlineTrainer(RolloutSteps):
             return samples.sampling_logps is not None
         args = self.args
         stale = args.gradient_accumulation_steps % args.micro_steps != 0
-        return stale or samples.sampling_logps is not None or self.hooks.refined("select")
+        return stale or samples.sampling_logps is not None or self.hooks.changed("select")
 
     # -- micro-batches --------------------------------------------------------------------------------------------
     def _prepare_inputs(self, inputs: Any) -> Samples:  # type: ignore[override]
@@ -296,11 +296,13 @@ class OnlineTrainer(RolloutSteps):
         )
         if samples.old_logps is None:
             samples.old_logps = logps.detach()
-        log_ratio = self.hooks.call.log_ratio(samples=samples, logps=logps)
-        terms: dict[str, Tensor | TokenMean] = {}
-        for contribution in self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio):
-            for name, term in contribution.items():
-                terms[name] = terms[name] + term if name in terms else term
+        log_ratio = _per_token("log_ratio", self.hooks.call.log_ratio(samples=samples, logps=logps), logps)
+        contributions = self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio)
+        terms = {
+            (number, name): _per_token(f"The loss term {name!r}", term, logps)
+            for number, contribution in enumerate(contributions)
+            for name, term in contribution.items()
+        }
         loss = aggregate(terms, weights, accumulation)
         loss = self._add_router_loss(loss, output, accumulation)
         self._record("entropy", samples.entropy.detach().mean(), logps.numel())
@@ -417,6 +419,17 @@ def _reward_weights(weights: list[float] | None, names: list[str]) -> Tensor:
             mend="Give one per function.",
         )
     return torch.tensor([1.0] * len(names) if weights is None else weights, dtype=torch.float32)
+
+
+def _per_token(what: str, answer: Any, tokens: Tensor) -> Any:
+    values = answer.values if isinstance(answer, TokenMean) else answer
+    if not isinstance(values, Tensor) or values.shape != tokens.shape:
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise HookResultError(
+            f"{what} has {got}; expected one value per loss token, shape {tuple(tokens.shape)}.",
+            mend="Return per-token values; the core forms means and sums.",
+        )
+    return answer
 
 
 def _checked_keep(answer: Any, rows: int) -> Tensor:

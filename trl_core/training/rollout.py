@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -23,6 +23,7 @@ from .config import OnlineConfig, as_dict
 from .loader import SparePrompts
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class OnlineDefaults(DefaultHooks):
@@ -50,6 +51,16 @@ class OnlineDefaults(DefaultHooks):
     def select(self, samples: Samples) -> Samples:
         """All kept rows."""
         return samples
+
+
+def checked(hook: str, answer: Any, kind: type[_T]) -> _T:
+    """The answer of a hook; raises `HookResultError` if it is of another type."""
+    if not isinstance(answer, kind):
+        raise HookResultError(
+            f"{hook} returned a {type(answer).__name__}; expected a {kind.__name__}.",
+            mend="See trl_core.hookspecs for what each hook returns.",
+        )
+    return answer
 
 
 class RolloutSteps(CoreTrainer):
@@ -138,7 +149,7 @@ class RolloutSteps(CoreTrainer):
         return rollouts
 
     def _as_rollouts(self, prompts: Prompts, generated: Generated, columns: dict[str, list[Any]]) -> Rollouts:
-        ids = generated.completion_ids
+        ids = checked("generate", generated, Generated).completion_ids
         if len(ids) != len(prompts):
             raise HookResultError(
                 f"generate returned {len(ids)} completions for {len(prompts)} rows.",
@@ -183,13 +194,15 @@ class RolloutSteps(CoreTrainer):
         ).validate()
 
     def _score(self, rollouts: Rollouts) -> Tensor:
-        rewards: Tensor = self.hooks.call.score(rollouts=rollouts).float().cpu()
-        if rewards.dim() != 2 or rewards.shape[0] != rollouts.num_rows:
+        rewards = self.hooks.call.score(rollouts=rollouts)
+        expected = (rollouts.num_rows, len(self.reward_functions.names))
+        if not isinstance(rewards, Tensor) or rewards.shape != expected:
+            got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
             raise HookResultError(
-                f"score returned shape {tuple(rewards.shape)}; expected ({rollouts.num_rows}, R).",
+                f"score returned {got}; expected a tensor of shape {expected}.",
                 mend="Return one line per row and one column per reward function.",
             )
-        return rewards
+        return rewards.float().cpu()
 
     def _refill(self, rollouts: Rollouts) -> Rollouts:
         """Dynamic sampling: replace groups without any difference in reward by groups of further prompts."""

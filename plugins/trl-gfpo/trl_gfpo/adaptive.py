@@ -18,7 +18,7 @@ class AdaptiveOptions:
     k_hard: int = option(8, "Kept completions in the second quarter.")
     k_medium: int = option(6, "Kept completions in the third quarter.")
     k_easy: int = option(4, "Kept completions in the highest quarter.")
-    difficulty_warmup: int = option(4, "Generation batches before quarters are known; until then k_very_hard.")
+    difficulty_warmup: int = option(4, "Generation batch from which quarters are used; before it k_very_hard.")
 
 
 class Difficulty:
