@@ -90,14 +90,6 @@ FAULTS = {
 }
 
 
-@pytest.fixture
-def packages(tmp_path, monkeypatch):
-    folder = tmp_path / "packages"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    return folder
-
-
 def install(packages, name, old="", new=""):
     """Install SOUND under this name, with `old` replaced, and return how to test it."""
     assert old in SOUND

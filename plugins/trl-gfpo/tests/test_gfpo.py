@@ -10,8 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_core import GRPOConfig, GRPOTrainer
-from trl_core.errors import ConfigError, HookResultError
+from trl_core import GRPOConfig, GRPOTrainer, errors
 from trl_core.testing import FixedRollouts, tiny_model, tiny_tokenizer
 from trl_gfpo import GFPOConfig, GFPOTrainer
 
@@ -354,7 +353,7 @@ def test_wrong_answer_of_the_filter_is_an_error_that_names_it(answer, tmp_path):
         return answer
 
     trainer = filtered(tmp_path, one_batch(REWARDS, LENGTHS), my_filter, num_remains_in_group=2)
-    with pytest.raises(HookResultError, match=r"'my_filter' .*expected 1 lists of 4 finite numbers"):
+    with pytest.raises(errors.HookResultError, match=r"'my_filter' .*expected 1 lists of 4 finite numbers"):
         trainer.train()
 
 
@@ -363,7 +362,7 @@ def test_error_names_the_score_that_is_not_finite(tmp_path):
         return [[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, math.nan, 3.0]]
 
     trainer = filtered(tmp_path, one_batch(**TWO_GROUPS), my_filter, num_remains_in_group=2)
-    with pytest.raises(HookResultError, match="nan for completion 2 of group 1"):
+    with pytest.raises(errors.HookResultError, match="nan for completion 2 of group 1"):
         trainer.train()
 
 
@@ -378,7 +377,7 @@ def test_score_of_a_row_without_reward_may_be_nan(tmp_path):
 
 # -- options -----------------------------------------------------------------------------------------------------------
 def refuse(folder, what, function="shortest", **options):
-    with pytest.raises(ConfigError, match=what):
+    with pytest.raises(errors.ConfigError, match=what):
         filtered(folder, one_batch(REWARDS, LENGTHS), function, **options)
 
 
