@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 from typing import Any, cast
 
@@ -90,11 +89,6 @@ def max_positions(model: nn.Module) -> int | None:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return None
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward has this argument."""
-    return argument in inspect.signature(model.forward).parameters
 
 
 def disable_dropout(model: nn.Module) -> None:
