@@ -209,6 +209,14 @@ def test_last_named_default_wins(packages, tmp_path):
     assert betas == {"one+two": 0.2, "two+one": 0.1}
 
 
+def test_last_named_algorithm_overrides_what_is_no_option(packages):
+    for name, least in (("one", 3), ("two", 5)):
+        own = option_class("Own", **{f"of_{name}": ("int", 0)}) + f"    minimum_generations = {least}\n"
+        plugin(packages, name, before=own, config="Own")
+    least = {name: get_config(name).minimum_generations for name in ("grpo", "one+two", "two+one")}
+    assert least == {"grpo": 2, "one+two": 5, "two+one": 3}
+
+
 def test_default_of_an_unknown_option_is_refused(packages):
     plugin(packages, "one", defaults="{'betta': 0.1}")
     with pytest.raises(CompositionError, match="betta"):
