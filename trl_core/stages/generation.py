@@ -43,12 +43,17 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
     }
     kwargs = {"tokenizer": tokenizer} if options.get("stop_strings") else {}
     config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
-    training = model.training
+    training, model_config = model.training, model.config
+    router = getattr(model_config, "output_router_logits", None)
     model.eval()
     try:
+        if router:  # transformers forms a load-balancing loss then, also of single tokens, and fails
+            model_config.output_router_logits = False
         output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **kwargs)
     finally:
         model.train(training)
+        if router:
+            model_config.output_router_logits = router
     rows = output[:, padded.shape[1] :]
     return Generated(completion_ids=cut(rows, sampling.eos_token_ids, sampling.pad_token_id))
 
