@@ -1,6 +1,6 @@
 """Put the runs of several seeds side by side: a table in RESULTS.md and a picture.
 
-for seed in 0 1 2; do make demo SEED=$seed; done
+for seed in 0 1 2; do make demo STEPS=30 SEED=$seed; done
 python examples/demo/report.py runs/demo-chain_sum-seed0 runs/demo-chain_sum-seed1 runs/demo-chain_sum-seed2
 """
 
@@ -29,7 +29,9 @@ def main() -> None:
     """Read the runs, write the table and the picture."""
     parser = argparse.ArgumentParser(description="Put demo runs of several seeds side by side.")
     parser.add_argument("runs", nargs="+", type=Path)
-    folders = parser.parse_args().runs
+    parser.add_argument("--note", default="", help="a sentence on how the runs were made")
+    arguments = parser.parse_args()
+    folders = arguments.runs
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for folder, summary in zip(folders, summaries, strict=True):
@@ -50,7 +52,7 @@ def main() -> None:
     options = ", ".join(f"{k} {v}" for k, v in first["options"].items() if k not in ("seed", "model"))
     versions = ", ".join(f"{k} {v}" for k, v in first["versions"].items())
     out = ["# What the demo showed", "", f"Model {first['options']['model']}; {options}.", ""]
-    out += [f"Machine: {first['machine']}. Versions: {versions}.", "", "![curves](results.png)", ""]
+    out += [f"Machine: {first['machine']}. Versions: {versions}. {arguments.note}", "", "![curves](results.png)", ""]
     out += ["| seed | " + " | ".join(f"{text} before → after" for _, text in COLUMNS) + " | training s | in all s |"]
     out += ["|---|" + "---|" * (len(COLUMNS) + 2)]
     for summary in summaries:
