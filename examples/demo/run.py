@@ -165,7 +165,7 @@ def main() -> None:
         train_dataset=train,
         processing_class=tokenizer,
         group_filter_func=options.filter,
-        callbacks=[JsonlMetricsCallback, StepLineCallback(console)],
+        callbacks=[JsonlMetricsCallback(), StepLineCallback([("gfpo/reward_all", "of all", "{:.3f}")])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

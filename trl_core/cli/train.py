@@ -22,7 +22,6 @@ from typing import Any
 from ..errors import ConfigError, RewardError
 from ..options import option, require
 from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
-from .list import make_console
 
 
 @dataclasses.dataclass
@@ -220,7 +219,7 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
         model=values["model"],
         args=config,
         train_dataset=load(values["dataset"], values.get("dataset_config")),
-        callbacks=[JsonlMetricsCallback(), StepLineCallback(make_console())],
+        callbacks=[JsonlMetricsCallback(), StepLineCallback()],
         **extra,
     )
     for printer in (PrinterCallback, ProgressCallback):  # the step line says it better

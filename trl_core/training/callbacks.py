@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
@@ -31,11 +32,14 @@ class JsonlMetricsCallback(TrainerCallback):
 
 
 class StepLineCallback(TrainerCallback):
-    """Print one readable line per log: rewards, length, KL, and where the time went."""
+    """Print one readable line per log: rewards, length, KL, and where the time went.
+
+    Args:
+        extra: further metrics to show after the reward, as (name, label, format).
+    """
 
     _SHOWN = (
         ("reward", "reward", "{:.3f}"),
-        ("gfpo/reward_all", "all", "{:.3f}"),
         ("eval_reward", "eval reward", "{:.3f}"),
         ("completions/mean_length", "length", "{:.1f}"),
         ("kl", "kl", "{:.4f}"),
@@ -47,8 +51,8 @@ class StepLineCallback(TrainerCallback):
         ("time/update", "update", "{:.1f}s"),
     )
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+    def __init__(self, extra: Sequence[tuple[str, str, str]] = ()) -> None:
+        self.shown = (self._SHOWN[0], *extra, *self._SHOWN[1:])
 
     def on_log(
         self,
@@ -61,6 +65,7 @@ class StepLineCallback(TrainerCallback):
         """Print the line."""
         if not state.is_world_process_zero or not logs:
             return
-        parts = [f"{label} {form.format(logs[name])}" for name, label, form in self._SHOWN if name in logs]
+        parts = [f"{label} {form.format(logs[name])}" for name, label, form in self.shown if name in logs]
         if parts:
-            self.console.print(f"step {state.global_step:>4}/{state.max_steps}  " + "  ".join(parts))
+            # Through tqdm, so that a progress bar on the same terminal is not torn.
+            tqdm.write(f"step {state.global_step:>4}/{state.max_steps}  " + "  ".join(parts))
