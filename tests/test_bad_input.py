@@ -218,6 +218,13 @@ def test_stream_that_cannot_fill_a_generation_batch_is_refused(tmp_path):
         trainer.train()
 
 
+def test_prompt_of_a_stream_that_is_too_long_is_refused_when_it_comes(tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}, {"prompt": "b" * 300}]))
+    trainer = make_trainer(tmp_path, trainer={"train_dataset": stream, "rollouts": LENGTHS})
+    with pytest.raises(DatasetError, match="Row 0 of a generation batch: the prompt has 300 tokens"):
+        trainer.train()
+
+
 def test_row_of_a_stream_is_checked_when_it_comes(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "a"}, {"prompt": 3.5}]))
     trainer = make_trainer(tmp_path, trainer={"train_dataset": stream, "rollouts": LENGTHS})

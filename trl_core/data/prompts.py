@@ -92,8 +92,12 @@ def check_length(
     prompt: Any, row: int | str, split: str, tokenizer: PreTrainedTokenizerBase, limit: int, kwargs: dict[str, Any]
 ) -> None:
     """Raise `DatasetError` if the prompt has more than `limit` tokens."""
-    tokens = len(render(prompt, tokenizer, kwargs))
-    if tokens > limit:
+    check_tokens(len(render(prompt, tokenizer, kwargs)), row, split, limit)
+
+
+def check_tokens(tokens: int, row: int | str, split: str, limit: int | None) -> None:
+    """Raise `DatasetError` if a prompt of so many tokens is over the limit."""
+    if limit is not None and tokens > limit:
         raise DatasetError(
             f"Row {row} of {split}: the prompt has {tokens} tokens; at most {limit} fit beside max_completion_length "
             "in the model's positions.",

@@ -108,6 +108,7 @@ class OnlineTrainer(RolloutSteps):
                     f"{positions} positions.",
                     mend="Lower max_completion_length.",
                 )
+        self.prompt_limit = limit
         for split, dataset in {"train_dataset": train, **splits}.items():
             if dataset is not None and (tokenizer is None or limit is not None):
                 prompt_data.check_dataset(dataset, split, tokenizer, limit, as_dict(args.chat_template_kwargs))

@@ -73,6 +73,7 @@ class RolloutSteps(CoreTrainer):
     completion_log: CompletionLog
     spare_prompts: SparePrompts
     terminators: tuple[int, ...]
+    prompt_limit: int | None = None
     _warned_unscored = False
 
     def _sampling(self) -> Sampling:
@@ -132,7 +133,10 @@ class RolloutSteps(CoreTrainer):
         for i, row in zip(own, mine, strict=True):
             if i // generations not in rendered:
                 arguments = {**template, **prompt_data.template_arguments(row)}
-                rendered[i // generations] = prompt_data.render(row["prompt"], self.processing_class, arguments)
+                ids = prompt_data.render(row["prompt"], self.processing_class, arguments)
+                # Streams are not looked through before training.
+                prompt_data.check_tokens(len(ids), i // generations, "a generation batch", self.prompt_limit)
+                rendered[i // generations] = ids
         prompts = Prompts(
             ids=[rendered[i // generations] for i in own],
             raw=[row["prompt"] for row in mine],
