@@ -35,6 +35,7 @@ from ..models.loading import (
     terminators,
 )
 from ..models.reference import ReferenceModel, mix_into
+from .loader import as_is
 from .metrics import Metrics
 from .state import (
     check_origin,
@@ -155,7 +156,7 @@ class CoreTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=cast(Any, _as_is),
+            data_collator=cast(Any, as_is),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -250,15 +251,11 @@ class CoreTrainer(Trainer):
             NonFiniteLossError: with `on_nonfinite_loss="stop"`.
         """
         bad = not bool(torch.isfinite(loss))
-        if self.accelerator.num_processes > 1:
-            bad_anywhere = any(gather_object([bad]))
-        else:
-            bad_anywhere = bad
-        if not bad_anywhere:
+        if not any(gather_object([bad])):
             return loss
         rank = self.accelerator.process_index
         path = Path(self.args.output_dir) / "nonfinite" / f"step-{self.state.global_step + 1}-process-{rank}.json"
-        rows = describe_rows()
+        rows = describe_rows() if bad else []
         if bad:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"loss": str(loss.item()), "rows": rows}, indent=1, default=str))
@@ -458,10 +455,6 @@ class CoreTrainer(Trainer):
 
     def _names(self) -> list[str]:
         return [part["algorithm"] for part in self.composition.provenance()]
-
-
-def _as_is(rows: Any) -> Any:
-    return rows
 
 
 def check_output_dir(folder: str) -> None:

@@ -94,11 +94,11 @@ def prompt_loader(dataset: Any, *, prompts: int, repeats: int, seed: int | None,
         DatasetError: the dataset cannot fill one generation batch.
     """
     if isinstance(dataset, torch.utils.data.IterableDataset):
-        return PromptLoader(RepeatStream(dataset, prompts, repeats), batch_size=None, collate_fn=_as_is)
+        return PromptLoader(RepeatStream(dataset, prompts, repeats), batch_size=None, collate_fn=as_is)
     sampler = RepeatSampler(len(dataset), prompts, repeats, seed)
     if not len(sampler):
         raise _too_few(split, len(dataset), prompts)
-    return PromptLoader(dataset, batch_sampler=sampler, collate_fn=_as_is)
+    return PromptLoader(dataset, batch_sampler=sampler, collate_fn=as_is)
 
 
 def _too_few(split: str, rows: int, prompts: int) -> DatasetError:
@@ -109,7 +109,8 @@ def _too_few(split: str, rows: int, prompts: int) -> DatasetError:
     )
 
 
-def _as_is(rows: Any) -> Any:
+def as_is(rows: Any) -> Any:
+    """A collation that collates nothing: rows reach the trainer as the dataset gives them."""
     return rows
 
 

@@ -21,7 +21,7 @@ from ..stages.aggregate import Counters, TokenMean, aggregate, token_weights
 from ..stages.rewards import RewardFunctions
 from .completions import CompletionLog
 from .config import as_dict
-from .loader import PromptLoader, SparePrompts, permutation, prompt_loader
+from .loader import PromptLoader, SparePrompts, as_is, permutation, prompt_loader
 from .metrics import rollout_metrics
 from .rollout import RolloutSteps, checked
 
@@ -144,9 +144,7 @@ class OnlineTrainer(RolloutSteps):
             raise ConfigError("evaluate() needs an eval_dataset.", mend="Pass eval_dataset=...")
         rows = self.args.per_device_eval_batch_size * self.accelerator.num_processes
         per_batch = max(rows // self._eval_generations, 1)
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            return PromptLoader(dataset, batch_size=per_batch, collate_fn=lambda batch: batch)
-        return PromptLoader(dataset, batch_size=per_batch, shuffle=False, collate_fn=lambda batch: batch)
+        return PromptLoader(dataset, batch_size=per_batch, collate_fn=as_is)
 
     @property
     def _eval_generations(self) -> int:
