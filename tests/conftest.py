@@ -18,14 +18,21 @@ PARITY = Path(__file__).parent / "parity"
 
 
 @pytest.fixture(scope="session")
-def parity_model(tmp_path_factory):
-    """The folder of the model of the reference runs, as `from_pretrained` wants it."""
-    folder = tmp_path_factory.mktemp("parity") / "model"
-    shutil.copytree(PARITY / "model", folder, ignore=shutil.ignore_patterns("weights.npz"))
-    with numpy.load(PARITY / "model" / "weights.npz") as arrays:
-        weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def parity_models(tmp_path_factory):
+    """A folder with the models of the reference runs, as `from_pretrained` wants them."""
+    base = tmp_path_factory.mktemp("parity")
+    for name in ("model", "teacher_model", "reward_model"):
+        shutil.copytree(PARITY / name, base / name, ignore=shutil.ignore_patterns("weights.npz"))
+        with numpy.load(PARITY / name / "weights.npz") as arrays:
+            weights = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        save_file(weights, base / name / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+@pytest.fixture(scope="session")
+def parity_model(parity_models):
+    """The folder of the language model of the reference runs."""
+    return parity_models / "model"
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from trl_core.models.logprobs import batched_token_logps, padded_inputs, token_logps
+from trl_core.models.layout import PADDED, lay_out
+from trl_core.models.logprobs import batched_token_logps, token_logps
 from trl_core.testing import tiny_model
 
 from .helpers_online import make_rows, plain_logps
@@ -107,12 +108,18 @@ def expected(model, temperature=1.0):
     return [value for pair in pairs for value in plain_logps(model, *pair, temperature)]
 
 
+def scored(model, rows, **options):
+    """Log-probabilities, entropies and output."""
+    scores = token_logps(model, rows, statistics=("entropy",), **options)
+    return scores.logps, scores.statistics["entropy"], scores.output
+
+
 # -- log-probabilities ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", MODELS)
 def test_logps_equal_one_forward_per_row(name):
     model = make(name)
     # The pad token 2 is also a sampled token.
-    logps, _, _ = token_logps(model, rows_of(), pad_token_id=2)
+    logps, _, _ = scored(model, rows_of(), pad_token_id=2)
     assert logps.dtype is torch.float32
     assert logps.tolist() == pytest.approx(expected(model), abs=1e-5)
     assert logps.std() > 0.1
@@ -121,7 +128,7 @@ def test_logps_equal_one_forward_per_row(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_logps_are_of_the_scaled_logits(name):
     model = make(name)
-    logps, _, _ = token_logps(model, rows_of(), pad_token_id=2, temperature=0.5)
+    logps, _, _ = scored(model, rows_of(), pad_token_id=2, temperature=0.5)
     assert logps.tolist() == pytest.approx(expected(model, 0.5), abs=1e-5)
 
 
@@ -135,9 +142,9 @@ def test_soft_capping_of_the_test_model_acts():
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_changes_nothing(name):
     model, rows = make(name), rows_of()
-    together, entropy, _ = token_logps(model, rows, pad_token_id=2)
+    together, entropy, _ = scored(model, rows, pad_token_id=2)
     for i, (logps, entropies) in enumerate(zip(together.split([3, 2, 4]), entropy.split([3, 2, 4]), strict=True)):
-        alone, its_entropy, _ = token_logps(model, rows.take([i]), pad_token_id=77)
+        alone, its_entropy, _ = scored(model, rows.take([i]), pad_token_id=77)
         torch.testing.assert_close(alone, logps, rtol=0, atol=1e-5)
         torch.testing.assert_close(its_entropy, entropies, rtol=0, atol=1e-5)
 
@@ -145,20 +152,20 @@ def test_padding_changes_nothing(name):
 def test_tokens_out_of_the_loss_are_seen_but_not_scored():
     model = make("llama")
     mask = torch.tensor([True, False, True, False, False, True, True, True, True])
-    logps, entropy, _ = token_logps(model, rows_of(loss_mask=mask), pad_token_id=2)
+    logps, entropy, _ = scored(model, rows_of(loss_mask=mask), pad_token_id=2)
     wanted = [value for value, flag in zip(expected(model), mask.tolist(), strict=True) if flag]
     assert logps.tolist() == pytest.approx(wanted, abs=1e-5)
     assert entropy.shape == (6,)
 
 
 def test_rows_without_any_loss_token_have_no_logps():
-    logps, entropy, _ = token_logps(make("llama"), rows_of(loss_mask=torch.zeros(9, dtype=torch.bool)), pad_token_id=2)
+    logps, entropy, _ = scored(make("llama"), rows_of(loss_mask=torch.zeros(9, dtype=torch.bool)), pad_token_id=2)
     assert logps.shape == entropy.shape == (0,)
 
 
 @pytest.mark.parametrize(("name", "positions"), [("llama", 9), ("wrapped", 9), ("no_head_module", None)])
 def test_head_is_computed_at_loss_tokens_only(name, positions):
-    _, _, output = token_logps(make(name), rows_of(), pad_token_id=2)
+    _, _, output = scored(make(name), rows_of(), pad_token_id=2)
     # 3 rows of at most 8 tokens where the head cannot be reached.
     assert output.logits.shape == ((1, positions, VOCABULARY) if positions else (3, 8, VOCABULARY))
 
@@ -166,25 +173,27 @@ def test_head_is_computed_at_loss_tokens_only(name, positions):
 def test_head_is_left_as_it_was():
     model = make("llama")
     ids = torch.tensor([[5, 6, 7]])
-    token_logps(model, rows_of(), pad_token_id=2)
+    scored(model, rows_of(), pad_token_id=2)
     assert model(ids).logits.shape == (1, 3, VOCABULARY)
     with pytest.raises(IndexError):
-        token_logps(model, rows_of(completions=[[20], [VOCABULARY + 1], [21]]), pad_token_id=2)
+        scored(model, rows_of(completions=[[20], [VOCABULARY + 1], [21]]), pad_token_id=2)
     assert model(ids).logits.shape == (1, 3, VOCABULARY)
 
 
 def test_weights_in_bfloat16_give_float32():
-    logps, entropy, _ = token_logps(make("llama").bfloat16(), rows_of(), pad_token_id=2)
+    logps, entropy, _ = scored(make("llama").bfloat16(), rows_of(), pad_token_id=2)
     assert logps.dtype is entropy.dtype is torch.float32
 
 
-def test_padded_inputs_put_prompt_and_completion_first():
-    ids, mask, (row, position), targets = padded_inputs(rows_of(), 2)
-    assert ids.tolist() == [[5, 6, 20, 21, 22, 2, 2, 2], [7, 30, 2, 2, 2, 2, 2, 2], [8, 9, 10, 11, 2, 41, 42, 43]]
-    assert mask.sum(1).tolist() == [5, 3, 8]
+def test_padded_layout_puts_prompt_and_completion_first():
+    layout = lay_out(rows_of(), PADDED, pad_token_id=2)
+    row, position = layout.predicting
+    ids = [[5, 6, 20, 21, 22, 2, 2, 2], [7, 30, 2, 2, 2, 2, 2, 2], [8, 9, 10, 11, 2, 41, 42, 43]]
+    assert layout.inputs["input_ids"].tolist() == ids
+    assert layout.inputs["attention_mask"].sum(1).tolist() == [5, 3, 8]
     assert row.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     assert position.tolist() == [1, 2, 3, 0, 1, 3, 4, 5, 6]
-    assert targets.tolist() == [20, 21, 22, 30, 2, 2, 41, 42, 43]
+    assert [x.tolist() for x in layout.last] == [[0, 1, 2], [4, 2, 7]]
 
 
 # -- gradients and entropies ------------------------------------------------------------------------------------------
@@ -206,7 +215,7 @@ def gradient(model, value):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "no_head_module"])
 def test_gradient_equals_that_of_one_forward_per_row(name):
     model, weights = make(name), torch.linspace(-1, 1, 9)
-    ours = gradient(model, (token_logps(model, rows_of(), pad_token_id=2)[0] * weights).sum())
+    ours = gradient(model, (scored(model, rows_of(), pad_token_id=2)[0] * weights).sum())
     chosen = all_logits(model).log_softmax(-1).gather(1, rows_of().completion_ids[:, None]).squeeze(1)
     plain = gradient(model, (chosen * weights).sum())
     assert (ours - plain).norm() < 1e-5 * plain.norm()
@@ -215,7 +224,7 @@ def test_gradient_equals_that_of_one_forward_per_row(name):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_entropy_is_that_of_the_scaled_distribution(temperature):
     model = make("llama")
-    _, entropy, _ = token_logps(model, rows_of(), pad_token_id=2, temperature=temperature)
+    _, entropy, _ = scored(model, rows_of(), pad_token_id=2, temperature=temperature)
     logs = all_logits(model, temperature).log_softmax(-1)
     torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1), rtol=1e-5, atol=1e-5)
     assert not entropy.requires_grad
@@ -223,7 +232,7 @@ def test_entropy_is_that_of_the_scaled_distribution(temperature):
 
 def test_entropy_carries_gradient_if_asked_to():
     model, weights = make("llama"), torch.linspace(-1, 1, 9)
-    _, entropy, _ = token_logps(model, rows_of(), pad_token_id=2, entropy_grad=True)
+    _, entropy, _ = scored(model, rows_of(), pad_token_id=2, entropy_grad=True)
     ours = gradient(model, (entropy * weights).sum())
     logs = all_logits(model).log_softmax(-1)
     plain = gradient(model, (-(logs.exp() * logs).sum(-1) * weights).sum())
@@ -235,7 +244,7 @@ def test_forbidden_tokens_do_not_spoil_the_entropy(with_gradient):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = OwnHead(forbidden=range(60, VOCABULARY))
-    logps, entropy, _ = token_logps(model, rows_of(), pad_token_id=2, entropy_grad=with_gradient)
+    logps, entropy, _ = scored(model, rows_of(), pad_token_id=2, entropy_grad=with_gradient)
     allowed = all_logits(model)[:, :60].log_softmax(-1)
     torch.testing.assert_close(entropy, -(allowed.exp() * allowed).sum(-1), rtol=1e-5, atol=1e-5)
     assert torch.isfinite(logps).all()
@@ -247,7 +256,7 @@ def test_entropy_of_more_tokens_than_a_chunk_is_complete():
     tokens = [[(7 * i + row) % 100 for i in range(300)] for row in range(2)]
     rows = rows_of([[5], [6]], tokens)
     with torch.no_grad():
-        _, entropy, _ = token_logps(model, rows, pad_token_id=2)
+        _, entropy, _ = scored(model, rows, pad_token_id=2)
         logits = torch.cat(
             [model(torch.tensor([[p, *row]])).logits[0, :-1] for p, row in zip((5, 6), tokens, strict=True)]
         )

@@ -16,6 +16,7 @@ from trl_core import get_config, get_trainer
 
 from .conftest import PARITY
 from .helpers_online import Recorder
+from .helpers_parity import differing_parameters, differing_steps
 
 CASES = sorted(path.stem for path in (PARITY / "cases").glob("*.json"))
 
@@ -122,53 +123,6 @@ def run(case, model, folder, *, as_reference=True, **options):
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
-def close(value, expected, relative, absolute, noise=0.0, floor=0.0):
-    """`noise` is the relative float32 noise of the case; ten times it is allowed where that is more."""
-    return abs(value - expected) <= max(absolute + relative * abs(expected), 10 * noise * max(abs(expected), floor))
-
-
-def differing_steps(result):
-    noise = result.data["fp32_noise"]
-    found = []
-    for line, expected in zip(result.lines, result.data["expected"]["steps"], strict=True):
-        values = {
-            "loss": (1e-4, 1e-5, noise["loss_rel"], 1e-2),
-            "grad_norm": (1e-3, 1e-4, noise["grad_norm_rel"], 1e-3),
-            "learning_rate": (1e-9, 0.0),
-        }
-        found += [
-            (expected["step"], name, line[name], expected[name])
-            for name, tolerance in values.items()
-            if not close(line[name], expected[name], *tolerance)
-        ]
-        found += [
-            (expected["step"], name, line.get(name), value)
-            for name, value in expected["metrics"].items()
-            if name not in line or not close(line[name], value, 1e-3, 1e-4, noise["metrics_rel"].get(name, 0.0), 1e-2)
-        ]
-    return found
-
-
-def differing_parameters(result):
-    noise, found = result.data["fp32_noise"], []
-    parameters = dict(result.trainer.model.named_parameters())
-    for name, expected in result.data["expected"]["final_params"].items():
-        value = parameters[name].detach()
-        delta = (value - result.start[name]).norm().item()
-        first = value.flatten()[:4].tolist()
-        checks = {
-            "norm": (value.norm().item(), expected["norm"], 1e-5, 0.0, noise["param_norm_rel"]),
-            "delta_norm": (delta, expected["delta_norm"], 1e-3, 0.0, noise["param_delta_norm_rel"]),
-            "sum": (value.sum().item(), expected["sum"], 0.0, max(1e-2, 10 * noise["param_sum_abs"])),
-            **{
-                f"first {i}": (a, b, 0.0, max(1e-5, 10 * noise["param_first_abs"]))
-                for i, (a, b) in enumerate(zip(first, expected["first"], strict=True))
-            },
-        }
-        found += [(name, what, *values[:2]) for what, values in checks.items() if not close(*values)]
-    return found
-
-
 def generations(result):
     """The rows that each generation batch trained on, in the order of the generation."""
     args = result.trainer.args

@@ -7,6 +7,9 @@ Legend, used in every shape of this project:
     T  loss tokens of all rows: the completion tokens that enter the loss (`T <= C`: tool output and masked
        truncated rows do not)
 
+Offline data have the same form. A pair of preferred and rejected completion is a group of two rows; text without a
+prompt is a row whose "prompt" is its first token, which nothing predicts.
+
 Nothing here is padded, so no hook ever needs a mask: a `(T,)` tensor holds the loss tokens of row 0, then of row 1, ...
 """
 
@@ -38,6 +41,10 @@ def _ragged_index(lengths: Tensor, rows: Tensor) -> Tensor:
     return torch.repeat_interleave(starts[rows], chosen) + within
 
 
+def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([token for row in rows for token in row], dtype=torch.long)
+
+
 @dataclass(eq=False, kw_only=True)
 class TokenRows:
     """Prompt and completion tokens of N rows, with the helpers every step uses."""
@@ -54,6 +61,44 @@ class TokenRows:
     """(C,) bool, which completion tokens enter the loss."""
     group: Tensor = _axis("row")
     """(N,) int64, number of the prompt in the generation batch; rows of a group are adjacent."""
+
+    @classmethod
+    def from_lists(
+        cls,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        loss_mask: Sequence[Sequence[int]] | None = None,
+        group: Sequence[int] | None = None,
+        **more: Any,
+    ) -> Self:
+        """Rows from token lists.
+
+        Args:
+            prompt_ids: N lists; where one is empty, the first token of its completion takes its place, since no token
+                predicts it.
+            completion_ids: N lists.
+            loss_mask: N lists, as long as the completions; default: all of their tokens enter the loss.
+            group: N numbers; default: each row is a group of its own.
+            **more: further fields of the class.
+        """
+        masks = [[1] * len(row) for row in completion_ids] if loss_mask is None else loss_mask
+        # How many tokens of the completion move to the prompt.
+        moved = [0 if prompt else min(1, len(row)) for prompt, row in zip(prompt_ids, completion_ids, strict=True)]
+        prompts = [
+            [*prompt, *row[:first]] for prompt, row, first in zip(prompt_ids, completion_ids, moved, strict=True)
+        ]
+        completions = [row[first:] for row, first in zip(completion_ids, moved, strict=True)]
+        kept = [row[first:] for row, first in zip(masks, moved, strict=True)]
+        return cls(
+            prompt_ids=_flat(prompts),
+            prompt_lengths=torch.tensor([len(row) for row in prompts], dtype=torch.long),
+            completion_ids=_flat(completions),
+            completion_lengths=torch.tensor([len(row) for row in completions], dtype=torch.long),
+            loss_mask=_flat(kept).bool(),
+            group=torch.arange(len(prompts)) if group is None else torch.tensor(group, dtype=torch.long),
+            **more,
+        )
 
     # -- sizes ----------------------------------------------------------------------------------------------------
     @property
@@ -292,3 +337,42 @@ class Samples(TokenRows):
     """(T,) as reported by the generation backend, when it does."""
     entropy: Tensor | None = _axis("loss", optional=True)
     """(T,) entropy of the current policy at each token, in nats; set in the loss hooks."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Texts(TokenRows):
+    """Rows of supervised training; the tokens that are learned are the loss tokens."""
+
+    entropy: Tensor | None = _axis("loss", optional=True)
+    """(T,) entropy of the current policy at each token, in nats, without gradient; set in the loss hooks."""
+    mean_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) mean over the vocabulary of the current log-probabilities, with gradient; set in the loss hooks where the
+    options ask for it (`token_statistics`)."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Pairs(TokenRows):
+    """Preference pairs: row 2i is the preferred completion of pair i, row 2i + 1 the rejected one, in group i."""
+
+    margin: Tensor | None = _axis("row", optional=True)
+    """(N,) by how much the preferred completion is to be ahead, the same at both rows; when the dataset says so."""
+    ref_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) under the reference model, when they were computed before training."""
+    log_collision: Tensor | None = _axis("loss", optional=True)
+    """(T,) log of the sum of the squared probabilities of all tokens at each place, under the current policy, without
+    gradient; set in `pair_loss` where the options ask for it (`token_statistics`)."""
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.num_rows // 2
+
+    @property
+    def is_chosen(self) -> Tensor:
+        """(N,) bool, the rows of preferred completions."""
+        return torch.arange(self.num_rows, device=self.group.device) % 2 == 0
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) to two (P,): the values of the preferred rows and those of the rejected ones."""
+        chosen, rejected = values.reshape(-1, 2).unbind(1)
+        return chosen, rejected

@@ -195,26 +195,41 @@ class Composition:
         for part in self.parts:
             if part.algorithm.hooks is not None:
                 objects[part.algorithm.name] = part.algorithm.hooks(context)
+        for name, instance in objects.items():
+            manager.register(instance, name=name)
+        manager.check_pending()
+        hooks = Hooks(manager, objects)
         for name, provider in (extra or {}).items():
-            _check_hooks(type(provider), name)
-            if isinstance(provider, type) or not any(_marked(provider, hook) for hook in hook_kinds()):
-                raise InvalidHookError(
-                    f"{name} must be an object that implements a hook, but it is {provider!r}, which has no hook.",
-                    mend="Pass an instance of a class with @hookimpl methods; see trl_core.hookspecs.",
-                )
-            for hook in hook_kinds():
-                if _marked(provider, hook) is not None and any(
-                    kind == "provide" and owner != self.root.name for owner, kind in self.chain()[hook]
-                ):
+            self.add_provider(hooks, name, provider)
+        return hooks
+
+    def add_provider(self, hooks: Hooks, name: str, provider: object) -> None:
+        """Let a further object take part in a trainer's hooks, for example a generation backend or a callback.
+
+        Raises:
+            InvalidHookError: it implements no hook, or one wrongly.
+            PluginConflict: it provides what an algorithm other than the base provides.
+        """
+        _check_hooks(type(provider), name)
+        if isinstance(provider, type) or not implements_hooks(provider):
+            raise InvalidHookError(
+                f"{name} must be an object that implements a hook, but it is {provider!r}, which has no hook.",
+                mend="Pass an instance of a class with @hookimpl methods; see trl_core.hookspecs.",
+            )
+        for hook, (kind, _) in hook_kinds().items():
+            options = marked(provider, hook)
+            if kind == "provide" and options is not None and not options["wrapper"]:
+                others = [owner for owner, kind in self.chain()[hook] if kind == "provide" and owner != self.root.name]
+                if others:
                     raise PluginConflict(
                         f"{name} and the algorithm {self.name!r} both provide {hook!r}.",
                         mend=f"Leave {name} out, or use an algorithm that does not replace this step.",
                     )
-            objects[name] = provider
-        for name, instance in objects.items():
-            manager.register(instance, name=name)
-        manager.check_pending()
-        return Hooks(manager, objects)
+        while name in hooks.objects:
+            name += "'"
+        hooks.manager.register(provider, name=name)
+        hooks.manager.check_pending()
+        hooks.objects[name] = provider
 
 
 class Hooks:
@@ -359,13 +374,19 @@ def _restore_config(name: str, state: dict[str, Any]) -> Any:
 
 
 # -- checking hook implementations ------------------------------------------------------------------------------------
-def _marked(owner: object, hook: str) -> dict[str, Any] | None:
+def marked(owner: object, hook: str) -> dict[str, Any] | None:
+    """The options of `@hookimpl` on the owner's method of that name, or None."""
     function = getattr(owner, hook, None)
     return getattr(function, f"{PROJECT}_impl", None)
 
 
+def implements_hooks(owner: object) -> bool:
+    """Whether an object has any method marked with `@hookimpl`."""
+    return any(marked(owner, hook) for hook in hook_kinds())
+
+
 def _implementation(algorithm: Algorithm, hook: str) -> dict[str, Any] | None:
-    return None if algorithm.hooks is None else _marked(algorithm.hooks, hook)
+    return None if algorithm.hooks is None else marked(algorithm.hooks, hook)
 
 
 def _check_hooks(hooks: type | None, owner: str) -> None:

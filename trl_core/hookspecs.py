@@ -21,7 +21,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .batch import Generated, Prompts, Rollouts, Samples, Sampling
+    from .batch import Generated, Pairs, Prompts, Rollouts, Samples, Sampling, TokenRows
     from .stages.aggregate import TokenMean
 
     LossTerms = dict[str, Tensor | TokenMean]
@@ -81,7 +81,7 @@ class HookSpecs:
         """
 
     @_provide()
-    def reference_logps(self, samples: Samples) -> Tensor:  # type: ignore[empty-body]
+    def reference_logps(self, samples: TokenRows) -> Tensor:  # type: ignore[empty-body]
         """(T,) float32 log-probabilities of this process's rows under the reference model, without gradient.
 
         Called only if the algorithm uses a reference. Who changes it: adapters, mixtures, precomputed values.
@@ -104,12 +104,25 @@ class HookSpecs:
         """
 
     @_contribute
-    def loss_terms(self, samples: Samples, logps: Tensor, log_ratio: Tensor) -> LossTerms:  # type: ignore[empty-body]
+    def loss_terms(  # type: ignore[empty-body]
+        self, samples: Samples, logps: Tensor, log_ratio: Tensor
+    ) -> LossTerms:
         """Named loss terms of a micro-batch, each (T,); the terms of all algorithms are added.
 
         Return values per token, never a scalar: `trl_core.stages.aggregate` alone weights tokens, so denominators,
         gradient accumulation and process counts are right whatever you write. A term that must be a mean over
-        tokens whatever the algorithm's aggregation is wrapped as `TokenMean(values)`.
+        tokens whatever the algorithm's aggregation is wrapped as `TokenMean(values)`. In supervised training
+        `samples` are `TokenRows` and `log_ratio` is None.
+        """
+
+    @_provide(refine=True)
+    def pair_loss(self, pairs: Pairs, policy: Tensor, reference: Tensor | None) -> Tensor:  # type: ignore[empty-body]
+        """(P,) loss of each preference pair; the core takes their mean.
+
+        `policy` is what the model that is trained says, with gradient, and `reference` what the reference model says,
+        without (None where the algorithm uses none): (T,) log-probabilities of a language model, or (N,) scores, one
+        per row, of a reward model. Rows 2i and 2i + 1 are the preferred and the rejected completion of pair i.
+        Who changes it: every loss on pairs.
         """
 
     # -- after the step -------------------------------------------------------------------------------------------

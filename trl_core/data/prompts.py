@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,15 +26,27 @@ def is_conversational(prompt: Any) -> bool:
     )
 
 
+def expect(condition: bool, where: str, column: str, value: Any, expected: str) -> None:
+    """Raise `DatasetError` about a value in a column unless the condition holds."""
+    if not condition:
+        raise DatasetError(
+            f"{where} has {repr(value)[:80]} ({type(value).__name__}) in column {column!r}; expected {expected}.",
+            mend="Convert the column, or drop the row.",
+        )
+
+
 def check_prompt(prompt: Any, row: int | str, split: str) -> None:
     """Raise `DatasetError` unless the prompt has one of the two forms."""
-    if isinstance(prompt, str) or is_conversational(prompt):
-        return
-    shown = repr(prompt)[:80]
-    raise DatasetError(
-        f"Row {row} of {split} has {shown} ({type(prompt).__name__}) in column 'prompt'; expected {_FORM}.",
-        mend="Convert the column, or drop the row.",
-    )
+    expect(isinstance(prompt, str) or is_conversational(prompt), f"Row {row} of {split}", "prompt", prompt, _FORM)
+
+
+def check_kind(dataset: Any, split: str) -> None:
+    """Raise `DatasetError` unless it is a map-style or a streaming dataset."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise DatasetError(
+            f"{split} is a {type(dataset).__name__}; expected a datasets.Dataset or datasets.IterableDataset.",
+            mend="Build one, for example with datasets.Dataset.from_list([{'prompt': ...}, ...]).",
+        )
 
 
 def check_dataset(
@@ -50,11 +64,7 @@ def check_dataset(
     Raises:
         DatasetError: no dataset, no column `prompt`, no row, a row of another form, or a prompt over the limit.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise DatasetError(
-            f"{split} is a {type(dataset).__name__}; expected a datasets.Dataset or datasets.IterableDataset.",
-            mend="Build one, for example with datasets.Dataset.from_list([{'prompt': ...}, ...]).",
-        )
+    check_kind(dataset, split)
     if dataset.column_names is not None and "prompt" not in dataset.column_names:
         raise DatasetError(
             f"{split} has no column 'prompt'; its columns are {dataset.column_names}. Expected in 'prompt': {_FORM}.",
@@ -76,10 +86,31 @@ def _row_kwargs(dataset: Dataset, row: int) -> dict[str, Any]:
     return template_arguments(dataset[row])
 
 
-def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
-    """What a dataset row adds to the chat template's arguments."""
-    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs")
-    return {**({"tools": tools} if tools else {}), **(kwargs or {})}
+def template_arguments(row: dict[str, Any], where: str = "A row") -> dict[str, Any]:
+    """What a dataset row adds to the chat template's arguments.
+
+    Args:
+        row: may have `tools`, a list or its JSON string, and `chat_template_kwargs`, a mapping.
+        where: how to call the row in messages.
+
+    Raises:
+        DatasetError: one of the two is something else.
+    """
+    tools, kwargs = row.get("tools") or [], row.get("chat_template_kwargs") or {}
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):  # refused below, as the string it is
+            tools = json.loads(tools)
+    expect(isinstance(tools, list), where, "tools", tools, "a list of tools, or the JSON string of one")
+    expect(isinstance(kwargs, dict), where, "chat_template_kwargs", kwargs, "a mapping of template options")
+    return dict(_without_none({**({"tools": tools} if tools else {}), **kwargs}))
+
+
+def _without_none(value: Any) -> Any:
+    # Arrow gives every message, tool and mapping the keys of all of them; a template that asks whether a key is
+    # defined would find what the row never had.
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _bytes(prompt: Any) -> int:
@@ -112,26 +143,43 @@ def render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template_kwargs: dic
     continued instead. Text gets the tokenizer's own special tokens.
 
     Raises:
-        DatasetError: messages, but the tokenizer has no chat template.
+        DatasetError: messages, but the tokenizer has no chat template, or the template fails on them.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
+    continued = prompt[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not continued, "continue_final_message": continued}
+    return list(apply_template(prompt, tokenizer, {**template_kwargs, **options})["input_ids"])
+
+
+def apply_template(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], where: str = "A prompt"
+) -> Any:
+    """Messages through the chat template: `input_ids` and what else is asked for, or with `tokenize=False` text.
+
+    Args:
+        messages: one conversation.
+        tokenizer: has the template.
+        options: of `apply_chat_template`, and what the template itself takes.
+        where: how to call the row in messages.
+
+    Raises:
+        DatasetError: there is no chat template, or it fails on the messages.
+    """
     if tokenizer.chat_template is None:
         raise DatasetError(
             "The prompts are conversations but the tokenizer has no chat template.",
             mend="Set processing_class.chat_template, or give the prompts as text.",
         )
-    continued = prompt[-1]["role"] == "assistant"
-    messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
-    ids = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=not continued,
-        continue_final_message=continued,
-        tokenize=True,
-        return_dict=False,
-        **template_kwargs,
-    )
-    return list(ids)
+    try:
+        return tokenizer.apply_chat_template(
+            _without_none(messages), **{"return_dict": options.get("tokenize", True), **options}
+        )
+    except Exception as error:  # templates raise what they like
+        raise DatasetError(
+            f"{where} does not go through the chat template: {type(error).__name__}: {error}",
+            mend="Give the messages the roles, order and keys that the template knows, or set another template.",
+        ) from error
 
 
 def as_completions(prompts: Iterable[Any], texts: Iterable[str]) -> list[Any]:

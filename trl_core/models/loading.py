@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.import_utils import is_peft_available
 
 from ..errors import ConfigError
@@ -16,8 +25,13 @@ from ..errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def load_policy(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> nn.Module:
-    """A causal language model from a Hub id, a folder or a module.
+def load_policy(
+    model: str | PreTrainedModel,
+    init_kwargs: dict[str, Any] | None,
+    trust_remote_code: bool,
+    auto_class: Any = AutoModelForCausalLM,
+) -> nn.Module:
+    """A model from a Hub id, a folder or a module; a causal language model unless `auto_class` says otherwise.
 
     Weights are loaded in float32 unless `init_kwargs["dtype"]` says otherwise.
 
@@ -37,7 +51,8 @@ def load_policy(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None
     if kwargs["dtype"] is torch.bfloat16 and not torch.cuda.is_available():
         logger.warning("bfloat16 weights on a CPU without AMX or AVX-512 are extremely slow; float32 is the default.")
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        loaded: nn.Module = auto_class.from_pretrained(model, **kwargs)
+        return loaded
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"The model {model!r} cannot be loaded: {error}",
@@ -71,6 +86,68 @@ def load_tokenizer(processing_class: Any, model: nn.Module, trust_remote_code: b
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def load_classifier(
+    model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+) -> nn.Module:
+    """A sequence classifier with one output; made from a language model, it gets a new head.
+
+    Raises:
+        ConfigError: it has another number of outputs, or see `load_policy`.
+    """
+    one = {"num_labels": 1} if isinstance(model, str) else {}
+    loaded: Any = load_policy(
+        model, {**(init_kwargs or {}), **one} or None, trust_remote_code, AutoModelForSequenceClassification
+    )
+    outputs = getattr(getattr(loaded, "config", None), "num_labels", None)
+    if outputs != 1:
+        raise ConfigError(
+            f"The reward model has {outputs} outputs; a score is one number.",
+            mend="Load it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1).",
+        )
+    return loaded  # type: ignore[no-any-return]
+
+
+def customize_tokenizer(
+    tokenizer: Any, *, eos_token: str | None, pad_token: str | None, chat_template: str | None, trust_remote_code: bool
+) -> None:
+    """Give the tokenizer other special tokens, which must be in its vocabulary, or another chat template.
+
+    Args:
+        tokenizer: changed in place.
+        eos_token, pad_token: tokens, or None to leave them.
+        chat_template: a .jinja file, or a folder or Hub id of a tokenizer whose template is taken.
+        trust_remote_code: for that tokenizer.
+
+    Raises:
+        ConfigError: a token is not in the vocabulary, or there is no chat template.
+    """
+    for name, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"{name}={token!r} is not in the tokenizer's vocabulary.", mend="Name one of its tokens, or add it."
+            )
+        setattr(tokenizer, name, token)
+    if chat_template is None:
+        return
+    try:
+        if chat_template.endswith(".jinja"):
+            found = Path(chat_template).read_text(encoding="utf-8")
+        else:
+            found = AutoTokenizer.from_pretrained(chat_template, trust_remote_code=trust_remote_code).chat_template
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"chat_template_path={chat_template!r} cannot be read: {error}",
+            mend="Give a .jinja file, or a folder or Hub id of a tokenizer.",
+        ) from error
+    if not found:
+        raise ConfigError(
+            f"The tokenizer of chat_template_path={chat_template!r} has no chat template.", mend="Choose another."
+        )
+    tokenizer.chat_template = found
+
+
 def terminators(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> tuple[int, ...]:
     """Every token that ends a completion: the tokenizer's, and those of the model's generation config."""
     generation_config = getattr(model, "generation_config", None)
@@ -91,12 +168,18 @@ def max_positions(model: nn.Module) -> int | None:
     return None
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: those of dropout modules, and those that modules keep as a number."""
+def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Every dropout probability as (owner, attribute, value): of dropout modules, and those kept as a number."""
     for module in model.modules():
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
-                setattr(module, name, 0.0)
+                yield module, name, value
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0."""
+    for module, name, _ in dropouts(model):
+        setattr(module, name, 0.0)
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -106,8 +189,10 @@ def is_peft(model: nn.Module) -> bool:
     return isinstance(model, importlib.import_module("peft").PeftModel)
 
 
-def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> Any:
+def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool, new_head: str | None = None) -> Any:
     """Wrap the model in a new adapter, or return it unchanged when `peft_config` is None.
+
+    `new_head` names a module that is trained and saved whole beside the adapter, because it starts untrained.
 
     Raises:
         ConfigError: peft is not installed, or the model already carries an adapter.
@@ -123,5 +208,8 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> A
         )
     if gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # a frozen embedding would cut the graph at the first checkpoint
+    if new_head is not None and hasattr(model, new_head):
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), new_head})
     adapted: nn.Module = importlib.import_module("peft").get_peft_model(model, peft_config)
     return adapted

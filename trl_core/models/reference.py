@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import TokenRows
+from ..errors import ConfigError
+from .layout import Layouts
 from .loading import disable_dropout, is_peft
 from .logprobs import batched_token_logps
 
@@ -20,33 +22,61 @@ class ReferenceModel:
     """Log-probabilities under the reference, wherever its weights live.
 
     Full fine-tuning: a frozen copy of the weights the policy has when the trainer is made, also when those exist only
-    in memory. A new adapter: the policy with its adapter switched off. A continued adapter: a frozen copy of the
-    initial adapter, named "ref", beside the trained one.
+    in memory, or the model that is given. A new adapter: the policy with its adapter switched off. A continued
+    adapter: a frozen copy of the initial adapter, named "ref", beside the trained one.
 
     Args:
         policy: before any optimizer step.
         new_adapter: the trainer has just added the adapter, so switching it off gives the original model.
+        given: a model to take as the reference, or None.
+        separate: also a new adapter gets a copy beside it, which can be moved.
+        layouts: how rows are laid out for a model; default: padded.
 
     Attributes:
         module: the model that holds the reference weights; None while they are shared with the policy.
+
+    Raises:
+        ConfigError: the given model is the policy itself.
     """
 
-    def __init__(self, policy: nn.Module, *, new_adapter: bool) -> None:
+    def __init__(
+        self,
+        policy: nn.Module,
+        *,
+        new_adapter: bool,
+        given: nn.Module | None = None,
+        separate: bool = False,
+        layouts: Callable[[nn.Module], Layouts] | None = None,
+    ) -> None:
+        if given is policy:
+            raise ConfigError(
+                "The reference model is the model that is trained, so they would always agree.",
+                mend="Leave the reference out: a frozen copy of the policy's weights is made.",
+            )
         self._policy = policy
         self._adapter: str | None = None
         self.module: nn.Module | None = None
-        if not is_peft(policy):
-            self.module = copy.deepcopy(policy)
+        self._make_layouts = layouts
+        self._layouts: Layouts | None = None
+        if given is not None or not is_peft(policy):
+            self.module = copy.deepcopy(policy) if given is None else given
             disable_dropout(self.module)
             self.module.requires_grad_(False).eval()
-        elif not new_adapter:
+        elif separate or not new_adapter:
             self._adapter = _copy_adapter(policy)
 
     def logps(self, rows: TokenRows, *, batch_size: int, pad_token_id: int, temperature: float) -> Tensor:
-        """(T,) float32 log-probabilities without gradient."""
+        """(T,) float32 log-probabilities without gradient, `batch_size` rows at a time."""
         with self._active() as model:
+            if self._layouts is None and self._make_layouts is not None:
+                self._layouts = self._make_layouts(model)
             return batched_token_logps(
-                model, rows, batch_size=batch_size, pad_token_id=pad_token_id, temperature=temperature
+                model,
+                rows,
+                batch_size=batch_size,
+                pad_token_id=pad_token_id,
+                temperature=temperature,
+                layouts=self._layouts,
             )
 
     @contextlib.contextmanager
@@ -93,3 +123,24 @@ def mix_into(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
     current = dict(policy.named_parameters())
     for name, parameter in reference.named_parameters():
         parameter.lerp_(current[name].to(parameter), alpha)
+
+
+def reference_parameters(policy: nn.Module, reference: nn.Module | None) -> dict[str, nn.Parameter]:
+    """The parameters of the reference by the names they have in the policy, for those who move it in `after_step`.
+
+    All parameters of a reference model; or, where the policy carries a separate reference adapter, those of that
+    adapter by the names of the trained one's.
+
+    Raises:
+        ConfigError: there is no reference that can be moved.
+    """
+    if reference is not None:
+        return dict(reference.named_parameters())
+    named = dict(policy.named_parameters())
+    if is_peft(policy) and REFERENCE_ADAPTER in policy.peft_config:  # type: ignore[operator]
+        mark, trained = f".{REFERENCE_ADAPTER}.", f".{policy.active_adapter}."
+        return {name.replace(mark, trained): value for name, value in named.items() if mark in name}
+    raise ConfigError(
+        "There is no reference that could be moved: it is the policy with its adapter switched off, or there is none.",
+        mend="Train all weights, continue a saved adapter, or use an algorithm that has a reference model.",
+    )

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -20,12 +21,14 @@ from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from ..composition import Composition
+from ..batch import TokenRows
+from ..composition import Composition, implements_hooks
 from ..discovery import core_version
 from ..errors import CheckpointError, ConfigError, NonFiniteLossError, OutputDirError
 from ..hookspecs import HookContext, hookimpl
+from ..models.layout import Layouts
 from ..models.loading import (
     add_adapter,
     disable_dropout,
@@ -66,7 +69,7 @@ class DefaultHooks:
         args = self.trainer.args
         return self.trainer.reference.logps(
             samples,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=self.trainer.rows_per_forward,
             pad_token_id=self.trainer.pad_token_id,
             temperature=getattr(args, "temperature", 1.0),
         )
@@ -103,8 +106,11 @@ class CoreTrainer(Trainer):
         args: configuration of the class `get_config` returns for the same algorithm; default values when None.
         train_dataset, eval_dataset: `datasets.Dataset` or `IterableDataset` (evaluation also a dict of them).
         processing_class: tokenizer; default: the one saved beside the model.
-        callbacks, optimizers: as in `transformers.Trainer`.
+        callbacks: as in `transformers.Trainer`; one that implements hooks (`@hookimpl`) takes part like an algorithm,
+            and its state is saved with each checkpoint.
+        optimizers: as in `transformers.Trainer`.
         peft_config: train a new adapter (needs peft).
+        ref_model: the reference: id, path or module; default: a copy of the policy, or the policy without its adapter.
         providers: further hook providers by name.
         arguments: values for `Algorithm.arguments` of the composed algorithms.
 
@@ -117,6 +123,8 @@ class CoreTrainer(Trainer):
     model: Any
     processing_class: Any
     default_hooks: ClassVar[type[DefaultHooks]] = DefaultHooks
+    new_head: ClassVar[str | None] = None
+    """Module of the model that starts untrained, so that an adapter must not leave it frozen."""
 
     def __init__(
         self,
@@ -128,6 +136,7 @@ class CoreTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        ref_model: Any = None,
         providers: dict[str, object] | None = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
@@ -135,19 +144,25 @@ class CoreTrainer(Trainer):
         self.context = HookContext(args, self._checked_arguments(arguments or {}))
         self.metrics = Metrics()
         self.hooks = self.composition.instantiate(self.context, self.default_hooks(self), providers)
+        callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
+        for callback in callbacks:
+            self._take_part(callback)
+        callbacks += [hooks for hooks in self.hooks.objects.values() if isinstance(hooks, TrainerCallback)]
+        callbacks = list(dict.fromkeys(callbacks))
         check_output_dir(args.output_dir)
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
 
         set_seed(args.seed)
-        policy = load_policy(model, args.model_init_kwargs, args.trust_remote_code)
-        tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        policy = self._load_model(model, args)
+        tokenizer = self._load_tokenizer(processing_class, policy, args)
         self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
         self.terminators = terminators(tokenizer, policy)
         self.pad_token_id: int = tokenizer.pad_token_id
-        policy = add_adapter(policy, peft_config, args.activation_checkpointing)
+        policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
         if args.disable_dropout:
             disable_dropout(policy)
-        self.reference = self._make_reference(policy, args, new_adapter=peft_config is not None)
+        self.reference = self._make_reference(policy, args, new_adapter=peft_config is not None, given=ref_model)
+        train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, tokenizer, args)
         self._resume: tuple[str, dict[str, Any]] | None = None
         self._saved_step: int | None = None
         self._before: Any = None
@@ -156,7 +171,7 @@ class CoreTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=cast(Any, as_is),
+            data_collator=cast(Any, self.collate),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -176,6 +191,17 @@ class CoreTrainer(Trainer):
         self.context._log = self._record
         self.context._gather = self._gather_flat
         self.add_callback(_Steps(self))
+
+    # -- callbacks ------------------------------------------------------------------------------------------------
+    def _take_part(self, callback: Any) -> None:
+        if implements_hooks(callback) and callback not in self.hooks.objects.values():
+            self.composition.add_provider(self.hooks, type(callback).__name__, callback)
+
+    def add_callback(self, callback: Any) -> None:
+        """As in `transformers.Trainer`; one that implements hooks takes part like an algorithm from now on."""
+        callback = callback() if isinstance(callback, type) else callback
+        self._take_part(callback)
+        super().add_callback(callback)
 
     # -- checks ---------------------------------------------------------------------------------------------------
     def _checked_args(self, args: Any) -> Any:
@@ -203,8 +229,30 @@ class CoreTrainer(Trainer):
     def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
         """Check the datasets; called before loading with `model` and `tokenizer` None, and again with both."""
 
-    def _make_reference(self, policy: nn.Module, args: Any, *, new_adapter: bool) -> ReferenceModel | None:
-        uses = getattr(args, "uses_reference", False)
+    # -- loading --------------------------------------------------------------------------------------------------
+    def _load_model(self, model: Any, args: Any) -> nn.Module:
+        return load_policy(model, args.model_init_kwargs, args.trust_remote_code)
+
+    def _load_tokenizer(self, given: Any, policy: nn.Module, args: Any) -> Any:
+        return load_tokenizer(given, policy, args.trust_remote_code)
+
+    def prepare_datasets(self, train: Any, evaluation: Any, tokenizer: Any, args: Any) -> tuple[Any, Any]:
+        """The datasets as the loaders read them; here as they are."""
+        return train, evaluation
+
+    def collate(self, rows: list[dict[str, Any]]) -> Any:
+        """A micro-batch from dataset rows; here the rows themselves."""
+        return as_is(rows)
+
+    def _make_reference(
+        self, policy: nn.Module, args: Any, *, new_adapter: bool, given: Any = None
+    ) -> ReferenceModel | None:
+        uses = args.uses_reference
+        if given is not None and not uses:
+            raise ConfigError(
+                f"ref_model is given, but {self.composition.name!r} uses no reference with these options.",
+                mend="Leave ref_model out.",
+            )
         if getattr(args, "sync_ref_model", False):
             if not uses:
                 raise ConfigError(
@@ -215,7 +263,18 @@ class CoreTrainer(Trainer):
                     "sync_ref_model=True with an adapter: the reference is the model without it and cannot move.",
                     mend="Leave sync_ref_model off, or train all weights.",
                 )
-        return ReferenceModel(policy, new_adapter=new_adapter) if uses else None
+        if not uses:
+            return None
+        if isinstance(given, str):
+            given = self._load_model(given, args)
+        separate = args.separate_reference
+        return ReferenceModel(
+            policy, new_adapter=new_adapter, given=given, separate=separate, layouts=self._make_layouts
+        )
+
+    def _make_layouts(self, model: nn.Module) -> Layouts | None:
+        """How rows are laid out for a model; here padded."""
+        return None
 
     # -- processes and metrics ------------------------------------------------------------------------------------
     @property
@@ -240,6 +299,77 @@ class CoreTrainer(Trainer):
         super().log(logs, start_time)
 
     # -- the loss -------------------------------------------------------------------------------------------------
+    @property
+    def rows_per_forward(self) -> int:
+        """Most rows that go through a model at a time."""
+        return int(self.args.per_device_train_batch_size)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-step; what fails in it (a reward function, a backend, the loss) stops the run after saving."""
+        self.metrics.tick += 1
+        start = time.perf_counter()
+        with self.rescued():
+            inputs = self._prepare_inputs(inputs)
+            update = time.perf_counter()
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        now = time.perf_counter()
+        # Recorded per micro-batch, reported per optimizer step.
+        self._record("time/update", (now - update) * self.current_gradient_accumulation_steps)
+        self._record("step_time", (now - start) * self.current_gradient_accumulation_steps)
+        return loss
+
+    def _router_coefficient(self) -> float:
+        config = self.accelerator.unwrap_model(self.model).config
+        enabled = getattr(config, "output_router_logits", False)
+        return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if enabled else 0.0
+
+    def _forward_kwargs(self) -> dict[str, Any]:
+        return {"output_router_logits": True} if self._router_coefficient() else {}
+
+    def _add_router_loss(self, loss: Tensor, output: Any, accumulation: int) -> Tensor:
+        """Load-balancing loss of mixture-of-experts models that have it switched on."""
+        coefficient = self._router_coefficient()
+        if not coefficient or getattr(output, "aux_loss", None) is None:
+            return loss
+        self._record("aux_loss", output.aux_loss)
+        router: Tensor = coefficient * output.aux_loss / accumulation
+        return loss + router.to(loss.device)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics over all rows of the loader; the random state of training stays as it was."""
+        before = self.context.training
+        self.context.training = False
+        self.model.eval()
+        rows = 0
+        try:
+            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+                for batch in dataloader:
+                    rows += self._evaluate_batch(batch)
+            metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.drain("eval").items()}
+        finally:
+            self.context.training = before
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=rows)
+
+    def _evaluate_batch(self, batch: Any) -> int:
+        """Record the metrics of a batch of the loader; returns its rows."""
+        raise NotImplementedError
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluation in the middle of a run; a failure in it stops the run after a checkpoint."""
+        self.before_step()
+        with self.rescued():
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        return metrics
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the rows of a step are not known when the loop asks."""
         return 0
@@ -455,6 +585,20 @@ class CoreTrainer(Trainer):
 
     def _names(self) -> list[str]:
         return [part["algorithm"] for part in self.composition.provenance()]
+
+
+def rows_for_inspection(rows: TokenRows, tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows of a micro-batch as JSON values, to be looked at."""
+    prompts = rows.prompt_ids.split(rows.prompt_lengths.tolist())
+    completions = rows.completion_ids.split(rows.completion_lengths.tolist())
+    found = [
+        {"prompt_ids": prompt.tolist(), "completion_ids": completion.tolist(), "completion": tokenizer.decode(completion)}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    advantages = getattr(rows, "advantages", None)
+    for row, value in zip(found, [] if advantages is None else rows.mean_per_row(advantages).tolist(), strict=False):
+        row["advantage"] = value
+    return found
 
 
 def check_output_dir(folder: str) -> None:

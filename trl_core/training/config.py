@@ -39,6 +39,21 @@ class CoreConfig(TrainingArguments):
         "strict", "'strict' refuses to resume with other options than the checkpoint's, 'warn' warns.", resume=False
     )
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether `reference_logps` is needed."""
+        return False
+
+    @property
+    def separate_reference(self) -> bool:
+        """Whether the reference must have weights of its own, because something moves them, also with an adapter."""
+        return False
+
+    @property
+    def token_statistics(self) -> tuple[str, ...]:
+        """What the hooks need to know of each token besides its log-probability; see `trl_core.models.logprobs`."""
+        return ()
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
@@ -75,6 +90,68 @@ class ReferenceOptions:
     sync_ref_model: bool = option(False, "Move the reference towards the policy during training (TR-DPO).")
     ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the new reference: a*policy + (1-a)*reference.")
     ref_model_sync_steps: int = option(512, "Optimizer steps between two moves of the reference.")
+
+
+@dataclass
+class OfflineConfig(CoreConfig):
+    """Options of every trainer that learns from a dataset of texts."""
+
+    remove_unused_columns: bool = option(False, "Not used: columns are chosen when the rows are tokenised.")
+    max_length: int | None = option(1024, "Most tokens of prompt and completion together; None for no limit.")
+    truncation_mode: str = option("keep_start", "Which end of a row that is too long stays: keep_start or keep_end.")
+    padding_free: bool = option(
+        False,
+        "Lay the rows of a micro-batch end to end in one line. Otherwise the lines are as long as the longest row; "
+        "rows beside each other never attend to each other either way.",
+        resume=False,
+    )
+    pad_to_multiple_of: int | None = option(None, "Round the length of the lines up to a multiple.", resume=False)
+    share_prompts: bool = option(
+        True,
+        "Send the prompt that several rows share through the model once, where that is exact; False never does.",
+        resume=False,
+    )
+    dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", resume=False)
+    activation_offloading: bool = option(False, "Keep activations in host memory until the backward.", resume=False)
+    eos_token: str | None = option(None, "End-of-sequence token; default: the tokenizer's.")
+    pad_token: str | None = option(None, "Padding token; default: the tokenizer's, else its end-of-sequence token.")
+    chat_template_path: str | None = option(
+        None, "A .jinja file, or a folder or Hub id of a tokenizer, whose chat template is used."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self, "truncation_mode", ("keep_start", "keep_end"))
+        require(
+            self.max_length is None or self.max_length >= 2,
+            f"max_length={self.max_length} leaves no token to predict.",
+            "Give at least 2, or None for no limit.",
+        )
+        # A stream is read by every process, which takes its share: rows of different lengths cannot be dealt out.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+
+
+@dataclass
+class PairConfig(OfflineConfig):
+    """Options of every trainer that learns from preference pairs with a language model."""
+
+    precompute_ref_log_probs: bool = option(
+        False, "Score the datasets with the reference once, before training, and let go of it."
+    )
+    precompute_ref_batch_size: int | None = option(
+        None, "Pairs at a time in that pass; default per_device_train_batch_size.", resume=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        moving = bool(getattr(self, "sync_ref_model", False))
+        require(
+            not (self.precompute_ref_log_probs and (moving or self.separate_reference)),
+            "precompute_ref_log_probs=True with a reference that moves during training"
+            f"{' (sync_ref_model=True)' if moving else ''}: its log-probabilities would be out of date.",
+            "Leave one of them off.",
+        )
 
 
 @dataclass
@@ -135,11 +212,6 @@ class OnlineConfig(CoreConfig):
     def micro_steps(self) -> int:
         """Micro-steps for which a generation batch is used: S x mu."""
         return self.slices * self.num_iterations
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether `reference_logps` is needed."""
-        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

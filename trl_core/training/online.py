@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +16,9 @@ from ..data import prompts as prompt_data
 from ..errors import ConfigError, HookResultError
 from ..models.loading import max_positions
 from ..models.logprobs import batched_token_logps, token_logps
-from ..stages.aggregate import Counters, TokenMean, aggregate, token_weights
+from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from ..stages.rewards import RewardFunctions
+from .base import rows_for_inspection
 from .completions import CompletionLog
 from .config import as_dict
 from .loader import PromptLoader, SparePrompts, as_is, permutation, prompt_loader
@@ -197,7 +197,7 @@ class OnlineTrainer(RolloutSteps):
         own = samples.take(self._share(samples.num_rows)).to(self.args.device)
         if self.args.uses_reference:
             logps = self.hooks.call.reference_logps(samples=own) if own.num_rows else own.advantages
-            samples.ref_logps = self._gather_flat(_per_token("reference_logps", logps, own.advantages).float().cpu())
+            samples.ref_logps = self._gather_flat(per_token("reference_logps", logps, own.advantages).float().cpu())
         if self._needs_old_logps(samples):
             policy = self.accelerator.unwrap_model(self.model)
             batch_size = self.args.per_device_train_batch_size
@@ -249,20 +249,6 @@ class OnlineTrainer(RolloutSteps):
         return [b * block + i for b in blocks for i in range(block)]
 
     # -- loss -----------------------------------------------------------------------------------------------------
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-step; what fails in it (a reward function, a backend, the loss) stops the run after saving."""
-        self.metrics.tick += 1
-        start = time.perf_counter()
-        with self.rescued():
-            inputs = self._prepare_inputs(inputs)
-            update = time.perf_counter()
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        now = time.perf_counter()
-        # Recorded per micro-batch, reported per optimizer step.
-        self._record("time/update", (now - update) * self.current_gradient_accumulation_steps)
-        self._record("step_time", (now - start) * self.current_gradient_accumulation_steps)
-        return loss
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -285,20 +271,23 @@ class OnlineTrainer(RolloutSteps):
             # Nothing of this slice was kept: a row without loss tokens keeps all processes in step.
             samples = _placeholder(self.pad_token_id, self.args.device)
             weights = torch.zeros(0, device=self.args.device)
-        logps, samples.entropy, output = token_logps(
+        scores = token_logps(
             model,
             samples,
             pad_token_id=self.pad_token_id,
             temperature=args.temperature,
+            statistics=("entropy",),
             entropy_grad=getattr(args, "entropy_needs_grad", False),
             forward_kwargs=self._forward_kwargs(),
         )
+        logps, output = scores.logps, scores.output
+        samples.entropy = scores.statistics["entropy"]
         if samples.old_logps is None:
             samples.old_logps = logps.detach()
-        log_ratio = _per_token("log_ratio", self.hooks.call.log_ratio(samples=samples, logps=logps), logps)
+        log_ratio = per_token("log_ratio", self.hooks.call.log_ratio(samples=samples, logps=logps), logps)
         contributions = self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio)
         terms = {
-            (number, name): _per_token(f"The loss term {name!r}", term, logps)
+            (number, name): per_token(f"The loss term {name!r}", term, logps)
             for number, contribution in enumerate(contributions)
             for name, term in contribution.items()
         }
@@ -306,68 +295,26 @@ class OnlineTrainer(RolloutSteps):
         loss = self._add_router_loss(loss, output, accumulation)
         self._record("entropy", samples.entropy.detach().mean(), logps.numel())
         if training:
-            loss = self.guard_loss(loss, lambda: _rows_for_inspection(samples, self.processing_class))
+            loss = self.guard_loss(loss, lambda: rows_for_inspection(samples, self.processing_class))
         return (loss, output) if return_outputs else loss
 
-    def _router_coefficient(self) -> float:
-        config = self.accelerator.unwrap_model(self.model).config
-        enabled = getattr(config, "output_router_logits", False)
-        return float(getattr(config, "router_aux_loss_coef", 0.0) or 0.0) if enabled else 0.0
-
-    def _forward_kwargs(self) -> dict[str, Any]:
-        return {"output_router_logits": True} if self._router_coefficient() else {}
-
-    def _add_router_loss(self, loss: Tensor, output: Any, accumulation: int) -> Tensor:
-        """Load-balancing loss of mixture-of-experts models that have it switched on."""
-        coefficient = self._router_coefficient()
-        if not coefficient or getattr(output, "aux_loss", None) is None:
-            return loss
-        self._record("aux_loss", output.aux_loss)
-        router: Tensor = coefficient * output.aux_loss / accumulation
-        return loss + router.to(loss.device)
-
     # -- evaluation -----------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: Any = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Generate, score and compute the loss on all prompts; nothing is filtered, selected or stored.
-
-        Sampling here leaves the random state of training as it was.
-        """
-        kept = (self.window, self.generations, self.num_tokens, self.context.training)
-        self.context.training = False
-        self.model.eval()
-        prompts = 0
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Generate, score and compute the loss on all prompts; nothing is filtered, selected or stored."""
+        kept = (self.window, self.generations, self.num_tokens)
         try:
-            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-                for rows in dataloader:
-                    prompts += len(rows)
-                    self._evaluate_batch(rows)
-            metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.drain("eval").items()}
+            return super().evaluation_loop(*args, **kwargs)
         finally:
-            self.window, self.generations, self.num_tokens, self.context.training = kept
-        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=prompts)
+            self.window, self.generations, self.num_tokens = kept
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation in the middle of a run; a failure in it stops the run after a checkpoint."""
-        self.before_step()
-        with self.rescued():
-            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
-        return metrics
-
-    def _evaluate_batch(self, rows: list[dict[str, Any]]) -> None:
+    def _evaluate_batch(self, batch: list[dict[str, Any]]) -> int:
         self.metrics.tick += 1
-        rollouts = self.roll_out(rows, self._eval_generations)
+        rollouts = self.roll_out(batch, self._eval_generations)
         samples = self._samples(rollouts, torch.ones(rollouts.num_rows, dtype=torch.bool))
         self.window = Window(samples, _counters(samples), 0)
         own = samples.take(self._share(samples.num_rows)).to(self.args.device)
         self._record("loss", self.compute_loss(self.model, own))
+        return len(batch)
 
     # -- state ----------------------------------------------------------------------------------------------------
     def _prepare_for_training(self, *args: Any) -> Any:
@@ -420,17 +367,6 @@ def _reward_weights(weights: list[float] | None, names: list[str]) -> Tensor:
     return torch.tensor([1.0] * len(names) if weights is None else weights, dtype=torch.float32)
 
 
-def _per_token(what: str, answer: Any, tokens: Tensor) -> Any:
-    values = answer.values if isinstance(answer, TokenMean) else answer
-    if not isinstance(values, Tensor) or values.shape != tokens.shape:
-        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise HookResultError(
-            f"{what} has {got}; expected one value per loss token, shape {tuple(tokens.shape)}.",
-            mend="Return per-token values; the core forms means and sums.",
-        )
-    return answer
-
-
 def _checked_keep(answer: Any, rows: int) -> Tensor:
     if not isinstance(answer, Tensor) or answer.shape != (rows,) or answer.dtype is not torch.bool:
         shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
@@ -456,18 +392,3 @@ def _placeholder(token: int, device: Any) -> Samples:
         ref_logps=torch.zeros(0),
         sampling_logps=torch.zeros(0),
     ).to(device)
-
-
-def _rows_for_inspection(samples: Samples, tokenizer: Any) -> list[dict[str, Any]]:
-    prompts = samples.prompt_ids.split(samples.prompt_lengths.tolist())
-    completions = samples.completion_ids.split(samples.completion_lengths.tolist())
-    advantages = samples.mean_per_row(samples.advantages).tolist()
-    return [
-        {
-            "prompt_ids": prompt.tolist(),
-            "completion_ids": completion.tolist(),
-            "completion": tokenizer.decode(completion),
-            "advantage": advantage,
-        }
-        for prompt, completion, advantage in zip(prompts, completions, advantages, strict=True)
-    ]

@@ -1,0 +1,294 @@
+"""How rows of tokens are laid out for a forward pass, so that as few tokens as possible go through the model.
+
+Three ways, equal in what they compute for the loss tokens:
+    padded   a line per row, padded on the right; any model can do it
+    packed   several rows one after the other in a line; positions restart, and no row attends to another
+    shared   as packed, but rows of a group that start with the same prompt hold it once, followed by a branch for each
+             completion; a branch attends to its prompt and itself
+
+`packed` and `shared` need a model whose attention does as the mask says. `Layouts` tries that on a few tokens instead
+of trusting the model's name, and falls back to `padded`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import TokenRows
+from ..data.packing import best_fit_decreasing
+from .loading import dropouts
+
+logger = logging.getLogger(__name__)
+PADDED, PACKED, SHARED = "padded", "packed", "shared"
+Places = tuple[Tensor, Tensor]
+"""Coordinates (line, position), two tensors of equal shape."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The arguments of a forward pass, and where to read its results."""
+
+    inputs: dict[str, Tensor]
+    """`input_ids` (lines, L), and what else tells the model who attends to whom."""
+    predicting: Places
+    """Where the logits of each of the T loss tokens are: one place before the token."""
+    last: Places
+    """Where the last token of each of the N rows is."""
+
+
+@dataclass
+class _Unit:
+    """What stands together in a line: a prompt and the completions that follow it."""
+
+    rows: list[int]
+    prompt: Tensor
+    completions: list[Tensor]
+
+    def __len__(self) -> int:
+        return self.prompt.numel() + sum(c.numel() for c in self.completions)
+
+
+def lay_out(
+    rows: TokenRows,
+    kind: str,
+    *,
+    pad_token_id: int,
+    one_line: bool = False,
+    multiple: int | None = None,
+    float_mask: torch.dtype | None = None,
+) -> Layout:
+    """Arrange rows.
+
+    Args:
+        rows: N rows on the model's device.
+        kind: "padded", "packed" or "shared".
+        pad_token_id: any valid id; padding is masked by length, for the pad token may be the terminator.
+        one_line: put everything in one line, without padding; not for "padded".
+        multiple: round the length of the lines up.
+        float_mask: write the mask of "shared" as numbers of this type to add to attention scores, not as booleans.
+    """
+    units = _units(rows, shared=kind == SHARED)
+    sizes = [len(unit) for unit in units]
+    width = sum(sizes) if one_line and kind != PADDED else max(sizes, default=0)
+    lines = [[i] for i in range(len(units))] if kind == PADDED else best_fit_decreasing(sizes, max(width, 1))
+    if multiple:
+        width = -(-width // multiple) * multiple
+    device = rows.prompt_ids.device
+    ids = torch.full((len(lines), width), pad_token_id, device=device)
+    positions = torch.zeros_like(ids)
+    unit_of = torch.full_like(ids, -1)
+    branch_of = torch.zeros_like(ids)
+    line_of_row = torch.zeros(rows.num_rows, dtype=torch.long)
+    start_of_row, last_of_prompt = torch.zeros_like(line_of_row), torch.zeros_like(line_of_row)
+    for line, members in enumerate(lines):
+        at = 0
+        for i in members:
+            unit, prompt = units[i], units[i].prompt.numel()
+            ids[line, at : at + len(unit)] = torch.cat([unit.prompt, *unit.completions])
+            unit_of[line, at : at + len(unit)] = i
+            positions[line, at : at + prompt] = torch.arange(prompt, device=device)
+            end_of_prompt = at + prompt - 1
+            at += prompt
+            for branch, (row, completion) in enumerate(zip(unit.rows, unit.completions, strict=True), start=1):
+                size = completion.numel()
+                positions[line, at : at + size] = torch.arange(prompt, prompt + size, device=device)
+                branch_of[line, at : at + size] = branch
+                line_of_row[row], start_of_row[row], last_of_prompt[row] = line, at, end_of_prompt
+                at += size
+        # Padding counts on as a document of its own.
+        positions[line, at:] = torch.arange(width - at, device=device)
+    inputs = {"input_ids": ids}
+    if kind == PADDED:
+        inputs["attention_mask"] = (unit_of >= 0).long()
+    else:
+        inputs["position_ids"] = positions
+    if kind == SHARED:
+        inputs["attention_mask"] = _tree_mask(unit_of, branch_of, float_mask)
+    return Layout(inputs, *_places(rows, line_of_row, start_of_row, last_of_prompt))
+
+
+def _units(rows: TokenRows, *, shared: bool) -> list[_Unit]:
+    prompts = rows.prompt_ids.split(rows.prompt_lengths.tolist())
+    completions = rows.completion_ids.split(rows.completion_lengths.tolist())
+    groups = rows.group.tolist()
+    units: list[_Unit] = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if shared and row and groups[row] == groups[row - 1] and torch.equal(prompt, prompts[row - 1]):
+            units[-1].rows.append(row)
+            units[-1].completions.append(completion)
+        else:
+            units.append(_Unit([row], prompt, [completion]))
+    return units
+
+
+def _tree_mask(unit_of: Tensor, branch_of: Tensor, float_mask: torch.dtype | None) -> Tensor:
+    """(lines, 1, L, L): True where the query (third axis) may attend to the key (fourth axis)."""
+    length = unit_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=unit_of.device).tril()
+    same_unit = unit_of[:, :, None] == unit_of[:, None, :]
+    visible = (branch_of[:, None, :] == 0) | (branch_of[:, :, None] == branch_of[:, None, :])
+    mask = (same_unit & visible & causal)[:, None]
+    if float_mask is None:
+        return mask
+    return torch.zeros(mask.shape, dtype=float_mask, device=mask.device).masked_fill(
+        ~mask, torch.finfo(float_mask).min
+    )
+
+
+def _places(rows: TokenRows, line: Tensor, start: Tensor, last_of_prompt: Tensor) -> tuple[Places, Places]:
+    device = rows.prompt_ids.device
+    line, start, last_of_prompt = line.to(device), start.to(device), last_of_prompt.to(device)
+    row = rows.row_of_completion_token
+    within = torch.arange(row.numel(), device=device)
+    within = within - (torch.cumsum(rows.completion_lengths, 0) - rows.completion_lengths)[row]
+    before = torch.where(within == 0, last_of_prompt[row], start[row] + within - 1)
+    predicting = (line[row][rows.loss_mask], before[rows.loss_mask])
+    empty = rows.completion_lengths == 0
+    last = torch.where(empty, last_of_prompt, start + rows.completion_lengths - 1)
+    return predicting, (line, last)
+
+
+class Layouts:
+    """Which layouts a model computes exactly, found out by trying when first asked.
+
+    Args:
+        model: causal language model or sequence classifier, possibly wrapped for distributed training.
+        share_prompts: whether "shared" may be used at all.
+        one_line, multiple: see `lay_out`.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, share_prompts: bool = True, one_line: bool = False, multiple: int | None = None
+    ) -> None:
+        self.model = model
+        self.share_prompts, self.one_line, self.multiple = share_prompts, one_line, multiple
+        self._exact: set[str] | None = None
+
+    def __call__(self, rows: TokenRows, pad_token_id: int) -> Layout:
+        """The cheapest exact layout of these rows."""
+        return lay_out(
+            rows,
+            self.choose(rows),
+            pad_token_id=pad_token_id,
+            one_line=self.one_line,
+            multiple=self.multiple,
+            float_mask=self._float_mask(),
+        )
+
+    def choose(self, rows: TokenRows) -> str:
+        """The kind of layout for these rows."""
+        if self._exact is None:
+            self._exact = self._try()
+            self._drops = any(value > 0 for *_, value in dropouts(self.model))
+        window = attention_window(self._config)
+        longest = int((rows.prompt_lengths + rows.completion_lengths).max()) if rows.num_rows else 0
+        repeated = rows.num_rows > 1 and bool((rows.group[1:] == rows.group[:-1]).any())
+        # A mask of our own replaces the model's, which in windowed layers would cut off what is further away.
+        within = window is None or longest <= window
+        # Completions that share a prompt would share its noise as well.
+        noisy = self.model.training and self._drops
+        if SHARED in self._exact and repeated and within and not noisy:
+            return SHARED
+        return PACKED if PACKED in self._exact and rows.num_rows > 1 else PADDED
+
+    @property
+    def _config(self) -> Any:
+        inner: Any = self.model
+        while not hasattr(inner, "config") and hasattr(inner, "module"):
+            inner = inner.module
+        config = getattr(inner, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def _attention(self) -> str:
+        return str(getattr(self._config, "_attn_implementation", None) or "eager")
+
+    def _float_mask(self) -> torch.dtype | None:
+        return next(self.model.parameters()).dtype if self._attention == "eager" else None
+
+    def _try(self) -> set[str]:
+        """Compare the layouts with padded rows on two groups of a few tokens."""
+        shareable = self.share_prompts and self._attention in ("sdpa", "eager")
+        return self._exact_among([PACKED, SHARED] if shareable else [PACKED])
+
+    @torch.no_grad()
+    def _exact_among(self, kinds: list[str]) -> set[str]:
+        vocabulary = int(getattr(self._config, "vocab_size", 0) or 0)
+        if vocabulary < 2 or head_of(self.model) is None:
+            return set()
+        device = next(self.model.parameters()).device
+        rows = _probe_rows(vocabulary).to(device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            expected = self._outputs(rows, PADDED)
+            return {kind for kind in kinds if _close(self._outputs(rows, kind), expected)}
+        finally:
+            self.model.train(training)
+
+    def _outputs(self, rows: TokenRows, kind: str) -> Tensor | None:
+        # All in one line, so that rows really stand beside each other.
+        layout = lay_out(rows, kind, pad_token_id=0, one_line=True, float_mask=self._float_mask())
+        try:
+            with token_outputs(self.model) as outputs:
+                self.model(**layout.inputs, use_cache=False)
+            return outputs.pop().float()[layout.predicting]
+        except Exception as error:  # whatever a model does that was not made for such inputs
+            logger.info("The layout %r is not for this model: %s", kind, error)
+            return None
+
+
+@contextlib.contextmanager
+def token_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """While active, collects what the head of a model gives for every position, before any pooling.
+
+    The head is a language model's output embeddings, or a sequence classifier's `score`.
+    """
+    found: list[Tensor] = []
+    head = head_of(model)
+    handle = head.register_forward_hook(lambda module, args, output: found.append(output)) if head else None
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits or scores, or None if it is not known."""
+    inner: Any = model
+    while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
+        inner = inner.module
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    head = getattr(inner, "score", None) if head is None else head
+    return head if isinstance(head, nn.Module) else None
+
+
+def attention_window(config: Any) -> int | None:
+    """The fewest tokens any layer looks back, or None where all look back without limit."""
+    names = ("sliding_window", "attention_chunk_size")
+    sizes = [getattr(config, name, None) for name in names]
+    limits = [size for size in sizes if isinstance(size, int) and size > 0]
+    return min(limits, default=None)
+
+
+def _probe_rows(vocabulary: int) -> TokenRows:
+    ids = [3 + (7 * i) % max(vocabulary - 3, 1) if vocabulary > 3 else i % vocabulary for i in range(40)]
+    first, second = ids[:9], ids[9:14]
+    completions = [ids[14:19], ids[19:26], ids[26:30], ids[30:33]]
+    return TokenRows.from_lists([first, first, second, second], completions, group=[0, 0, 1, 1])
+
+
+def _close(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None:
+        return False
+    scale = expected.abs().max().clamp(min=1.0)
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 3e-2
+    return bool(torch.isfinite(found).all()) and bool((found - expected).abs().max() <= tolerance * scale)

@@ -1,0 +1,282 @@
+"""The trainers of algorithms that learn from preference pairs: with a language model, or with a reward model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+
+from ..batch import Pairs, TokenRows
+from ..data.tokenization import cut, prepare_pairs, prepare_ranked
+from ..errors import ConfigError
+from ..models.loading import load_classifier
+from ..models.logprobs import row_scores
+from ..stages.aggregate import pair_mean, per_token
+from .offline import OfflineTrainer
+from .state import read_state
+
+logger = logging.getLogger(__name__)
+_REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class PairTrainer(OfflineTrainer):
+    """Preference optimisation of a language model.
+
+    Takes the arguments TRL's users know; see `CoreTrainer` for the common ones.
+
+    Args:
+        model: the policy: id, path or module.
+        ref_model: the reference: id, path or module; default: a copy of the weights that are passed, or the policy
+            without its adapter.
+        **arguments: further arguments of the composed algorithms.
+
+    A dataset holds rows of `prompt`, `chosen` and `rejected`, text or messages; without `prompt` it is what the two
+    have in common.
+    """
+
+    forms: ClassVar[tuple[str, ...]] = ("preference",)
+
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *more: Any, **arguments: Any) -> None:
+        self.ref_logps: dict[str, list[Tensor]] = {}
+        super().__init__(model, args, *more, ref_model=ref_model, **arguments)
+
+    # -- data -----------------------------------------------------------------------------------------------------
+    def tokenize(self, dataset: Any, split: str, tokenizer: Any, args: Any) -> Any:
+        """Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, not cut yet."""
+        if args.precompute_ref_log_probs and not isinstance(dataset, Dataset):
+            raise ConfigError(
+                f"precompute_ref_log_probs=True, but {split} is a stream, which has no end to compute before.",
+                mend="Leave it off, or load the dataset without streaming.",
+            )
+        return prepare_pairs(
+            dataset,
+            split,
+            tokenizer,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+        )
+
+    def collate(self, rows: list[dict[str, Any]]) -> Pairs:
+        """Pairs cut to `max_length`, the preferred row of each first."""
+        args = self.context.args
+        sides = [
+            cut(row["prompt_ids"], row[side], args.max_length, args.truncation_mode)
+            for row in rows
+            for side in ("chosen_ids", "rejected_ids")
+        ]
+        pairs: Pairs = _pairs([prompt for prompt, _ in sides], [completion for _, completion in sides], rows)
+        if rows and all(name in rows[0] for name in _REF_COLUMNS):
+            values = [value for row in rows for name in _REF_COLUMNS for value in row[name]]
+            pairs.ref_logps = torch.tensor(values, dtype=torch.float32)
+        return pairs
+
+    # -- the reference --------------------------------------------------------------------------------------------
+    @property
+    def rows_per_forward(self) -> int:
+        """Both rows of each pair go together."""
+        precomputing = self.args.precompute_ref_log_probs and self.args.precompute_ref_batch_size
+        return 2 * int(precomputing or self.args.per_device_train_batch_size)
+
+    def _precompute(self) -> None:
+        """Score all pairs with the reference, in their order, and let go of its weights.
+
+        A resumed run takes the values from the checkpoint: its model may not be the one the first run started from.
+        """
+        if not self.args.precompute_ref_log_probs or self.ref_logps:
+            return
+        if self._resume is not None:
+            saved = read_state(*self._resume)["ref_logps"]
+            self.ref_logps = {split: list(flat.split(sizes)) for split, (flat, sizes) in _unpacked(saved).items()}
+        datasets = self._named_datasets()
+        for split, dataset in datasets.items():
+            if split not in self.ref_logps:
+                self.ref_logps[split] = self._reference_pass(dataset)
+            columns = zip(_REF_COLUMNS, (0, 1), strict=True)
+            for name, side in columns:
+                values = [row.numpy() for row in self.ref_logps[split][side::2]]
+                dataset = dataset.add_column(name, values)  # noqa: PLW2901
+            self._set_dataset(split, dataset)
+        assert self.reference is not None
+        self.reference.module = None
+        self.reference_released = True
+
+    reference_released = False
+
+    def _named_datasets(self) -> dict[str, Any]:
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        named = {"train": self.train_dataset, **{f"eval:{name}": dataset for name, dataset in evaluation.items()}}
+        return {split: dataset for split, dataset in named.items() if dataset is not None}
+
+    def _set_dataset(self, split: str, dataset: Any) -> None:
+        if split == "train":
+            self.train_dataset = dataset
+        elif split == "eval:":
+            self.eval_dataset = dataset
+        else:
+            self.eval_dataset[split.removeprefix("eval:")] = dataset  # type: ignore[index]
+
+    @torch.no_grad()
+    def _reference_pass(self, dataset: Any) -> list[Tensor]:
+        """Per row (two for each pair) the log-probabilities of its loss tokens; each process scores its share."""
+        size = self.rows_per_forward // 2
+        starts = list(range(0, len(dataset), size))
+        mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
+        found: dict[int, list[Tensor]] = {}
+        for start in mine:
+            pairs = self.collate([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+            pairs = pairs.to(self.args.device)
+            logps = self.hooks.call.reference_logps(samples=pairs).float()
+            found[start] = list(logps.cpu().split(pairs.lengths.tolist()))
+        everywhere = {start: rows for part in gather_object([found]) for start, rows in part.items()}
+        return [row for start in starts for row in everywhere[start]]
+
+    def get_train_dataloader(self) -> Any:
+        """As in `transformers.Trainer`."""
+        self._precompute()
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`; a dataset that is given here is tokenised."""
+        if self.reference_released and isinstance(eval_dataset, Dataset):
+            raise ConfigError(
+                "evaluate() got a new dataset, but the reference is gone: precompute_ref_log_probs=True let go of it.",
+                mend="Pass the dataset as eval_dataset when the trainer is made.",
+            )
+        self._precompute()
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _reference_logps(self, pairs: Pairs) -> Tensor | None:
+        if not self.args.uses_reference:
+            return None
+        if pairs.ref_logps is not None:
+            return pairs.ref_logps
+        with torch.no_grad():
+            logps = self.hooks.call.reference_logps(samples=pairs)
+        return per_token("reference_logps", logps, pairs.completion_ids[pairs.loss_mask]).float()
+
+    # -- loss -----------------------------------------------------------------------------------------------------
+    def batch_loss(self, model: Any, rows: Pairs, accumulation: int) -> tuple[Tensor, Any]:
+        """The mean over pairs of `pair_loss`."""
+        reference = self._reference_logps(rows)
+        scores = self.score(model, rows, "entropy", "accuracy", "mean_logit")
+        rows.log_collision = scores.statistics.get("log_collision")
+        losses = self.hooks.call.pair_loss(pairs=rows, policy=scores.logps, reference=reference)
+        chosen = rows.expand(rows.is_chosen)
+        for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
+            self._record(f"logits/{side}", scores.statistics["mean_logit"][mask].mean(), int(mask.sum()))
+        self._record("entropy", scores.statistics["entropy"].mean(), scores.logps.numel())
+        self._record("mean_token_accuracy", scores.statistics["accuracy"][chosen].mean(), int(chosen.sum()))
+        return pair_mean(losses, accumulation), scores.output
+
+    def loss_weight(self, rows: TokenRows) -> float:
+        """A micro-batch counts by its pairs."""
+        return rows.num_rows / 2
+
+    # -- state ----------------------------------------------------------------------------------------------------
+    def state_of_run(self) -> dict[str, Any]:
+        """Also the reference's log-probabilities, where they were computed before training."""
+        saved = {
+            split: {"logps": torch.cat(rows), "lengths": torch.tensor([row.numel() for row in rows])}
+            for split, rows in self.ref_logps.items()
+        }
+        return super().state_of_run() | {"ref_logps": saved}
+
+
+class ScoreTrainer(OfflineTrainer):
+    """Training of a reward model: a sequence classifier with one output, read at the last token.
+
+    Takes the arguments TRL's users know; see `CoreTrainer` for the common ones.
+
+    Args:
+        model: id, path or module of a sequence classifier, or id or path of a language model, which gets a new head.
+        **arguments: further arguments of the composed algorithms.
+
+    A dataset holds rows of `chosen` and `rejected`, with or without `prompt`, text or messages; a column `margin`, if
+    there is one, says by how much the preferred completion is to be ahead.
+    """
+
+    forms: ClassVar[tuple[str, ...]] = ("preference",)
+    new_head = "score"
+
+    def _load_model(self, model: Any, args: Any) -> nn.Module:
+        return load_classifier(model, args.model_init_kwargs, args.trust_remote_code)
+
+    def _load_tokenizer(self, given: Any, policy: nn.Module, args: Any) -> Any:
+        tokenizer = super()._load_tokenizer(given, policy, args)
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            self._separate_padding(tokenizer)
+        # What loads the model later finds the last token by this id.
+        policy.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # type: ignore[operator,union-attr]
+        policy.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+        return tokenizer
+
+    @staticmethod
+    def _separate_padding(tokenizer: Any) -> None:
+        """Pad with another special token than the terminator, or a batched score would be read before it."""
+        own = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+        others = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) not in own]
+        used = tokenizer.chat_template or ""
+        others = [token for token in others if token not in used] or others
+        if others:
+            tokenizer.pad_token = others[0]
+            logger.info("The reward model pads with %r, since its pad token was the terminator.", others[0])
+        else:
+            logger.warning(
+                "The pad token is the terminator %r, and there is no other special token. Training is not affected, but "
+                "transformers will read batched scores before the terminator; set pad_token.",
+                tokenizer.eos_token,
+            )
+
+    # -- data -----------------------------------------------------------------------------------------------------
+    def tokenize(self, dataset: Any, split: str, tokenizer: Any, args: Any) -> Any:
+        """Rows of `chosen_ids` and `rejected_ids`; those that are too long are left out."""
+        return prepare_ranked(
+            dataset, split, tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc
+        )
+
+    def collate(self, rows: list[dict[str, Any]]) -> Pairs:
+        """Pairs whose prompt is the tokens that both rows start with."""
+        prompts, completions = [], []
+        for row in rows:
+            sides = row["chosen_ids"], row["rejected_ids"]
+            # Each side keeps a token of its own, whose score it is.
+            shared, limit = 0, min(map(len, sides)) - 1
+            while shared < limit and sides[0][shared] == sides[1][shared]:
+                shared += 1
+            prompts += [side[:shared] for side in sides]
+            completions += [side[shared:] for side in sides]
+        return _pairs(prompts, completions, rows)
+
+    # -- loss -----------------------------------------------------------------------------------------------------
+    def batch_loss(self, model: Any, rows: Pairs, accumulation: int) -> tuple[Tensor, Any]:
+        """The mean over pairs of `pair_loss`, of one score per row."""
+        scores, output = row_scores(model, rows, pad_token_id=self.pad_token_id, layouts=self.layouts)
+        losses = self.hooks.call.pair_loss(pairs=rows, policy=scores, reference=None)
+        found = scores.detach()
+        chosen, rejected = rows.sides(found)
+        for name, value, reduce in (("min", found.min(), "min"), ("max", found.max(), "max")):
+            self._record(f"{name}_reward", value, rows.num_rows, reduce)
+        self._record("mean_reward", found.mean(), rows.num_rows)
+        self._record("accuracy", (chosen > rejected).float().mean(), rows.num_pairs)
+        self._record("margin", (chosen - rejected).mean(), rows.num_pairs)
+        return pair_mean(losses, accumulation), output
+
+    def loss_weight(self, rows: TokenRows) -> float:
+        """A micro-batch counts by its pairs."""
+        return rows.num_rows / 2
+
+
+def _pairs(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Pairs:
+    groups = [number for number in range(len(rows)) for _ in range(2)]
+    margins = [row.get("margin") for row in rows for _ in range(2)]
+    margin = None if None in margins else torch.tensor(margins, dtype=torch.float32)
+    return Pairs.from_lists(prompts, completions, group=groups, margin=margin)
+
+
+def _unpacked(saved: dict[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
+    return {split: (entry["logps"], entry["lengths"].tolist()) for split, entry in saved.items()}
