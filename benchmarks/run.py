@@ -23,7 +23,8 @@ WORKER = Path(__file__).with_name("worker.py")
 def run(python: str, library: str, options: argparse.Namespace) -> dict:
     """One worker process."""
     command = [python, str(WORKER), library, "--model", options.model, "--work", options.work]
-    done = subprocess.run([*command, "--steps", str(options.steps)], capture_output=True, text=True, env=os.environ)
+    command += ["--steps", str(options.steps), *(["--checkpointing"] if options.checkpointing else [])]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(f"{library} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -34,7 +35,12 @@ def main() -> None:
     """Run all rounds and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal language model")
-    parser.add_argument("--work", default="a", help="a: one group of 8, long prompt; short: 8 prompts of 4")
+    parser.add_argument(
+        "--work",
+        default="a",
+        help="a: GRPO, one group of 8, long prompt; b: DPO, 4 pairs; c: SFT, 8 rows; short: GRPO, 8 short prompts of 4",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process, after one warm-up step")
     parser.add_argument("--rounds", type=int, default=2, help="processes per library, alternating")
     parser.add_argument("--trl-python", default=sys.executable)
@@ -46,14 +52,21 @@ def main() -> None:
             print(f"{library}: {results[library][-1]}", file=sys.stderr, flush=True)
     conditions = f"{options.rounds} x {options.steps} steps, {os.cpu_count()} cores, {platform.machine()}"
     print(f"Work {options.work!r}, {conditions}\n")
-    print("| library | median s/step | min | max | peak GiB | tokens/step |")
-    print("|---|---|---|---|---|---|")
+    print("| library | median s/step | min | max | peak GiB | tokens/step | through the policy |")
+    print("|---|---|---|---|---|---|---|")
     medians, peaks = {}, {}
     for library, rounds in results.items():
         seconds = [s for r in rounds for s in r["seconds"]]
         medians[library] = statistics.median(seconds)
         peaks[library] = statistics.median(r["peak_gib"] for r in rounds)
-        row = (medians[library], min(seconds), max(seconds), peaks[library], rounds[-1]["tokens"])
+        row = (
+            medians[library],
+            min(seconds),
+            max(seconds),
+            peaks[library],
+            rounds[-1]["tokens"],
+            rounds[-1]["forwarded"],
+        )
         print(f"| {library} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
     print(f"\nRatio trl-core / TRL: time {medians['trl_core'] / medians['trl']:.2f}", end=", ")
     print(f"peak memory {peaks['trl_core'] / peaks['trl']:.2f}")

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "batch": {"errors"},
     "hookspecs": {"errors", "batch"},
     "stages": _CONTRACT,
-    "models": _CONTRACT | {"data"},
+    "models": _CONTRACT,
     "composition": _COMPOSED,
     "data": {"errors", "options"},
     "training": _COMPOSED | {"data"},
