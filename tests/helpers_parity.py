@@ -10,7 +10,8 @@ def noise_of(result):
     """The float32 noise of the case; none where it was not measured."""
     none = {"metrics_rel": {}, **dict.fromkeys(("param_norm_rel", "param_sum_abs", "param_first_abs"), 0.0)}
     none |= dict.fromkeys(("loss_rel", "grad_norm_rel", "param_delta_norm_rel"), 0.0)
-    return none | (result.data["fp32_noise"] or {})
+    measured = result.data["fp32_noise"] or {}
+    return none | {name: value for name, value in measured.items() if value is not None}
 
 
 def differing_steps(result, skip=()):
@@ -21,7 +22,7 @@ def differing_steps(result, skip=()):
         values = {
             "loss": (1e-4, 1e-5, noise["loss_rel"], 1e-2),
             "grad_norm": (1e-3, 1e-4, noise["grad_norm_rel"], 1e-3),
-            "learning_rate": (1e-9, 0.0),
+            "learning_rate": (1e-8, 0.0),
         }
         found += [
             (expected["step"], name, line[name], expected[name])
@@ -42,9 +43,8 @@ def differing_steps(result, skip=()):
 def differing_parameters(result):
     """Of the trained weights, what differs: (parameter, what, our value, the reference's)."""
     parameters = dict(result.trainer.model.named_parameters())
-    return differing_weights(
-        parameters, result.start, result.data["expected"]["final_params"], result.data["fp32_noise"]
-    )
+    expectations = result.data["expected"]["final_params"]
+    return differing_weights(parameters, result.start, expectations, noise_of(result))
 
 
 def differing_weights(parameters, start, expectations, noise):

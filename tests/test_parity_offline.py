@@ -5,6 +5,7 @@ See tests/parity/README.md for the cases. Where trl-core does not do as the refe
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,28 @@ from .helpers_parity import differing_parameters, differing_steps, differing_wei
 
 CASES = sorted(path.stem for path in (PARITY / "offline").glob("*.json"))
 NAMES = {"bema_dpo": "bema"}
-EXPLAINED = {}
+FULL_LOSS = (
+    "sft_conversational",
+    "sft_cosine",
+    "sft_prompt_completion_full",
+    "sft_text",
+    "sft_truncated",
+    "sft_weight_decay",
+)
+EXPLAINED = {
+    "sft entropy": (
+        "The reference averages entropy over every token of a row, trl-core over those that are learned, as the loss."
+    ),
+    **dict.fromkeys(
+        FULL_LOSS,
+        "The reference's denominator counts the first token of each row, which nothing predicts (so did transformers "
+        "up to 5.3); trl-core counts the tokens that are predicted. token_normalizer='labels' counts as the reference.",
+    ),
+    "dpo_maxlen_keep_start": (
+        "The reference keeps pairs whose completions are cut away: their loss is ln 2, their gradient 0, and they "
+        "count in every mean. trl-core leaves them out. Here the loss is weighted by the share that is left."
+    ),
+}
 
 
 def load(case):
@@ -81,11 +103,28 @@ def differing_references(result):
     return found
 
 
+def keep_rows_without_completion(result, share):
+    """What the run would have logged if the pairs that were left out had counted."""
+    for line in result.lines:
+        line["loss"] += (1 - share) * math.log(2)
+        for name in line:
+            if name.startswith(("rewards/", "logps/")):
+                line[name] *= share
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_run_equals_the_reference(case, parity_models, tmp_path):
-    result = run(case, parity_models, tmp_path)
+    options = {"token_normalizer": "labels"} if case in FULL_LOSS else {}
+    share = 0.5 if case == "dpo_maxlen_keep_start" else 1.0  # of the pairs keep a completion
+    if share < 1:
+        options["loss_weights"] = [share]
+    result = run(case, parity_models, tmp_path, **options)
+    keep_rows_without_completion(result, share)
     # With equal policy and reference, whether a reward is above the other is rounding.
-    skip = {(1, "rewards/accuracies")} if result.data.get("ref_model") == "model" else ()
+    skip = {(1, "rewards/accuracies")} if result.data.get("ref_model") == "model" else set()
+    steps = range(1, len(result.lines) + 1)
+    skip |= {(step, "entropy") for step in steps if result.data["algorithm"] == "sft"}
+    skip |= {(step, "num_tokens") for step in steps if share < 1}
     assert differing_steps(result, skip) == []
     assert differing_references(result) == []
     assert differing_parameters(result) == []

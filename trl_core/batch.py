@@ -343,6 +343,8 @@ class Samples(TokenRows):
 class Texts(TokenRows):
     """Rows of supervised training; the tokens that are learned are the loss tokens."""
 
+    first_learned: Tensor | None = _axis("row", optional=True)
+    """(N,) bool: the first token of the row would be learned as well, if anything predicted it."""
     entropy: Tensor | None = _axis("loss", optional=True)
     """(T,) entropy of the current policy at each token, in nats, without gradient; set in the loss hooks."""
     mean_logps: Tensor | None = _axis("loss", optional=True)

@@ -32,6 +32,11 @@ class SFTConfig(OfflineConfig):
     assistant_only_loss: bool = option(
         False, "Learn only what the assistant says; needs a chat template with generation markers."
     )
+    token_normalizer: str = option(
+        "predicted",
+        "Denominator of the loss: 'predicted' counts the tokens that are learned; 'labels' also counts the first token "
+        "of each row, which nothing predicts, as transformers up to 5.3 did.",
+    )
     dataset_text_field: str = option("text", "Column of plain texts.")
     packing: bool = option(False, "Put several rows into one of max_length tokens; needs max_length.")
     packing_strategy: str = option(
@@ -52,6 +57,7 @@ class SFTConfig(OfflineConfig):
         self.loss_type = ALIASES.get(self.loss_type, self.loss_type)
         require_choice(self, "loss_type", LOSS_TYPES)
         require_choice(self, "packing_strategy", STRATEGIES)
+        require_choice(self, "token_normalizer", ("predicted", "labels"))
         require(
             not ((self.packing or self.eval_packing) and self.max_length is None),
             "packing=True with max_length=None: the length of the packed rows is not known.",

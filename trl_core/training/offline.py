@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -22,7 +21,7 @@ from ..models.loading import customize_tokenizer
 from ..models.logprobs import TokenScores, token_logps
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from .base import CoreTrainer, rows_for_inspection
-from .loader import permutation
+from .loader import EndlessStream, permutation
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +63,8 @@ class OfflineTrainer(CoreTrainer):
 
     forms: ClassVar[tuple[str, ...]] = ("language_modeling", "prompt_completion")
     """Dataset types that `check_datasets` accepts."""
+    tokenised: ClassVar[tuple[str, ...]] = ("input_ids",)
+    """Columns of rows that are tokenised already."""
 
     def __init__(
         self,
@@ -100,9 +101,14 @@ class OfflineTrainer(CoreTrainer):
     # -- data -----------------------------------------------------------------------------------------------------
     def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
         """Check the form of the rows before the model is loaded."""
-        if model is None and self.formatting_func is None:
-            for split, dataset in _splits(train, evaluation):
-                formats.check_rows(dataset, split, self.forms)
+        if self.formatting_func is not None and "language_modeling" not in self.forms:
+            raise ConfigError(
+                f"{self.composition.name!r} takes no formatting_func: its rows are no single text.",
+                mend="Give the dataset the columns it needs, for example with dataset.map.",
+            )
+        for split, dataset in _splits(train, evaluation) if model is None and self.formatting_func is None else ():
+            if not formats.first_row(dataset, split).keys() >= set(self.tokenised):
+                formats.check_rows(dataset, split, self.forms, getattr(args, "dataset_text_field", "text"))
 
     def _load_tokenizer(self, given: Any, policy: nn.Module, args: Any) -> Any:
         tokenizer = super()._load_tokenizer(given, policy, args)
@@ -116,11 +122,12 @@ class OfflineTrainer(CoreTrainer):
         return tokenizer
 
     def prepare_datasets(self, train: Any, evaluation: Any, tokenizer: Any, args: Any) -> tuple[Any, Any]:
-        """Tokenise; the main process first, so that the others find its cache."""
-        with PartialState().main_process_first():
-            prepared = {
-                split: self.tokenize(dataset, split, tokenizer, args) for split, dataset in _splits(train, evaluation)
-            }
+        """Tokenise, in every process at the same time; a stream is repeated, for the loop takes it for one epoch."""
+        prepared = {
+            split: self.tokenize(dataset, split, tokenizer, args) for split, dataset in _splits(train, evaluation)
+        }
+        if isinstance(train, IterableDataset):
+            prepared["train_dataset"] = EndlessStream(prepared["train_dataset"], "train_dataset")
         if isinstance(evaluation, dict):
             evaluation = {name: prepared[f"eval_dataset[{name!r}]"] for name in evaluation}
         else:
@@ -157,7 +164,12 @@ class OfflineTrainer(CoreTrainer):
                 ids.append(tokens[start : start + size])
                 masks.append(mask[start : start + size])
                 start += size
-        return Texts.from_lists([row[:1] for row in ids], [row[1:] for row in ids], loss_mask=[m[1:] for m in masks])
+        return Texts.from_lists(
+            [row[:1] for row in ids],
+            [row[1:] for row in ids],
+            loss_mask=[mask[1:] for mask in masks],
+            first_learned=torch.tensor([bool(mask[:1] and mask[0]) for mask in masks]),
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -174,8 +186,9 @@ class OfflineTrainer(CoreTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`; a dataset that is given here is tokenised."""
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None  # what the loop passes; it is tokenised
         if isinstance(eval_dataset, Dataset | IterableDataset):
-            formats.check_rows(eval_dataset, "eval_dataset", self.forms)
             _, eval_dataset = self.prepare_datasets(None, eval_dataset, self.processing_class, self.args)
         elif eval_dataset is None and self.eval_dataset is None:
             raise ConfigError("evaluate() needs an eval_dataset.", mend="Pass eval_dataset=...")
@@ -192,9 +205,15 @@ class OfflineTrainer(CoreTrainer):
         """Count the tokens of an optimizer step over all processes, for the denominators."""
         counts = torch.zeros(2, dtype=torch.long, device=self.args.device)
         for rows in batch_samples:
-            counts += torch.stack([rows.loss_mask.sum(), rows.prompt_lengths.sum() + rows.completion_lengths.sum()])
+            counts += torch.stack([self._denominator(rows), (rows.prompt_lengths + rows.completion_lengths).sum()])
         self.window = self.accelerator.reduce(counts, "sum").cpu()
         self._arriving = int(self.window[1])
+
+    def _denominator(self, rows: Any) -> Tensor:
+        """() int64, what a micro-batch adds to the denominator of its optimizer step."""
+        if getattr(self.args, "token_normalizer", "predicted") == "labels":
+            return rows.loss_mask.sum() + rows.first_learned.sum()  # type: ignore[no-any-return]
+        return rows.loss_mask.sum()  # type: ignore[no-any-return]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         self.num_tokens += self._arriving
@@ -213,7 +232,6 @@ class OfflineTrainer(CoreTrainer):
         loss = self._add_router_loss(loss, output, accumulation)
         if training:
             loss = self.guard_loss(loss, lambda: rows_for_inspection(inputs, self.processing_class))
-            self._record("num_tokens", float(self.num_tokens))
         return (loss, output) if return_outputs else loss
 
     @property
@@ -241,7 +259,7 @@ class OfflineTrainer(CoreTrainer):
         scores = self.score(model, rows, "entropy", "accuracy")
         rows.entropy, rows.mean_logps = scores.statistics["entropy"], scores.statistics.get("mean_logp")
         processes = self.accelerator.num_processes if self.context.training else 1
-        tokens = int(self.window[0]) if self.context.training else scores.logps.numel()
+        tokens = int(self.window[0] if self.context.training else self._denominator(rows))
         counters = Counters(rows=rows.num_rows, tokens=tokens, completion_tokens=tokens, slices=accumulation)
         weights = token_weights(
             rows, "dapo", counters, max_completion_length=1, accumulation=accumulation, processes=processes
@@ -265,6 +283,10 @@ class OfflineTrainer(CoreTrainer):
         batch = batch.to(self.args.device)
         self._record("loss", self.compute_loss(self.model, batch), self.loss_weight(batch))
         return int(batch.num_rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also the number of tokens seen up to now, which is no mean over the logging interval."""
+        super().log(logs | {"num_tokens": float(self.num_tokens)} if "loss" in logs else logs, start_time)
 
     # -- state ----------------------------------------------------------------------------------------------------
     def train(self, *args: Any, **kwargs: Any) -> Any:
