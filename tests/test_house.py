@@ -23,7 +23,7 @@ PACKAGES = [CORE, *(package for plugin in PLUGINS for package in plugin.glob("tr
 
 # The aim of the first issue was 3,500; what is over it is the command line (about 430) and the kit for plugin authors.
 CORE_BUDGET = 4200
-PLUGIN_BUDGETS = {"trl_gfpo": 140}
+PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140}
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
@@ -177,7 +177,7 @@ def test_plugin_uses_only_public_names(plugin):
     "statement", ["import trl_core", "import trl_core.hookspecs", "import trl_core; trl_core.list_algorithms()"]
 )
 def test_import_brings_no_torch(statement):
-    heavy = ["torch", "transformers", "accelerate", "datasets", "trl_gfpo"]
+    heavy = ["torch", "transformers", "accelerate", "datasets", "trl_bema", "trl_gfpo"]
     code = f"{statement}\nimport sys\nprint(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

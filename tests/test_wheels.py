@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DISTRIBUTIONS = {"trl_core": ROOT, "trl_gfpo": ROOT / "plugins" / "trl-gfpo"}
+DISTRIBUTIONS = {"trl_core": ROOT} | {
+    name: ROOT / "plugins" / name.replace("_", "-") for name in ("trl_bema", "trl_gfpo")
+}
 
 TRAIN = """
 import json, sys
@@ -51,6 +53,28 @@ print(json.dumps({
     "moved": any(not torch.equal(before[name], value) for name, value in trainer.model.named_parameters()),
     "saved": sorted(path.name for path in Path(sys.argv[1]).iterdir()),
 }))
+"""
+
+TRAIN_BEMA = """
+import json, sys
+from datasets import Dataset
+import trl_core
+from trl_bema import BEMACallback, DPOTrainer
+from trl_core.testing import tiny_model, tiny_tokenizer
+
+rows = [{"prompt": "one", "chosen": f" two {i}", "rejected": f" three {i}"} for i in range(4)]
+trainer = DPOTrainer(
+    tiny_model(seed=0),
+    args=trl_core.DPOConfig(
+        output_dir=sys.argv[1], max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True,
+    ),
+    train_dataset=Dataset.from_list(rows),
+    processing_class=tiny_tokenizer(),
+    callbacks=[BEMACallback(update_freq=1, ema_power=0, bias_power=50, update_ref_model=True, ref_model_update_freq=1)],
+)
+trainer.train()
+print(json.dumps([line["loss"] for line in trainer.state.log_history if "loss" in line]))
 """
 
 
@@ -121,7 +145,7 @@ def test_wheel_names_its_licence_and_entry_points(wheels):
     information = next(name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name)
     assert f"{information}/licenses/LICENSE" in archive.namelist()
     assert "License-Expression: Apache-2.0" in archive.read(f"{information}/METADATA").decode()
-    assert "[trl_core.stable]\ngrpo = " in archive.read(f"{information}/entry_points.txt").decode()
+    assert "[trl_core.stable]\ndpo = " in archive.read(f"{information}/entry_points.txt").decode()
 
 
 def test_installed_command_lists_both(environment, tmp_path):
@@ -145,3 +169,12 @@ def test_installed_wheels_train_one_gfpo_step(environment, tmp_path):
     assert told["loss"] == told["loss"]
     assert told["moved"]
     assert "model.safetensors" in told["saved"]
+
+
+def test_installed_wheels_run_the_known_bema_script(environment, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN_BEMA, encoding="utf-8")
+    done = run(environment / "bin" / "python", script, tmp_path / "out", cwd=tmp_path, TRL_EXPERIMENTAL_SILENCE="1")
+    # The reference becomes the policy after each step, so each loss is ln 2.
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx([0.693147, 0.693147], abs=1e-5)
+    assert (tmp_path / "out" / "bema" / "model.safetensors").is_file()
