@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what is never used, what a distribution carries, how long it is."""
 
 import ast
+import copy
 import functools
 import importlib.metadata
 import importlib.util
@@ -305,6 +306,9 @@ def test_error_says_how_to_mend(error):
     with pytest.raises(TypeError, match="mend"):
         error("a thing is wrong")
     assert "turn it" in str(error("a thing is wrong", mend="turn it"))
+    # As an error that is raised in a worker process arrives.
+    copied = copy.copy(error("a thing is wrong", mend="turn it"))
+    assert (type(copied), copied.what, copied.mend) == (error, "a thing is wrong", "turn it")
 
 
 def test_core_raises_its_own_errors():

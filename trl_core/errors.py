@@ -6,6 +6,9 @@ can be written without one. Classes also derive from the built-in a Python user 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 
 class TRLCoreError(Exception):
     """Base of all errors raised by trl-core.
@@ -19,6 +22,10 @@ class TRLCoreError(Exception):
         self.what = what
         self.mend = mend
         super().__init__(f"{what}\n  To mend: {mend}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Raised in a worker process, an error travels as a copy; by default it would be made without its mend."""
+        return functools.partial(type(self), mend=self.mend), (self.what,)
 
 
 # -- discovery and stability ------------------------------------------------------------------------------------------

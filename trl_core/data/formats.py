@@ -89,7 +89,7 @@ def uncached(dataset: Dataset | IterableDataset, num_proc: int | None = None) ->
         return {}
     name = generate_random_fingerprint()
     file = str(Path(get_temporary_cache_files_directory()) / f"{name}.arrow") if dataset.cache_files else None
-    return {"new_fingerprint": name, "load_from_cache_file": False, "cache_file_name": file, "num_proc": num_proc}
+    return {"new_fingerprint": name, "cache_file_name": file, "num_proc": num_proc}
 
 
 # -- converting --------------------------------------------------------------------------------------------------------

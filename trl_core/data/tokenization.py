@@ -430,13 +430,14 @@ def prepare_ranked(
 
     Raises:
         ConfigError: plain text, but no end-of-sequence token.
-        DatasetError: a row that cannot be used, see `check_rows`; or none that fits.
+        DatasetError: a row that cannot be used, see `check_rows`, or that prefers nothing; or none that fits.
     """
 
     def tokenized(row: _Row, where: str) -> _Row | None:
         if not {"chosen_ids", "rejected_ids"} <= row.keys():
             row = to_chatml(row, where)
             check_row(row, where, "preference")
+            check_different(row, where)
             arguments = template_arguments(row, where)
             for side in ("chosen", "rejected"):
                 prompt = row[side][:0] if is_implicit(row) else row["prompt"]
