@@ -22,8 +22,9 @@ CORE = ROOT / "trl_core"
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 PACKAGES = [CORE, *(package for plugin in PLUGINS for package in plugin.glob("trl_*"))]
 
-# The aim of the first issue was 3,500; what is over it is the command line (about 430) and the kit for plugin authors.
-CORE_BUDGET = 4200
+# The online half is about 4,000 lines with command line and kit; the offline family (data, layouts, losses, trainers)
+# added about 2,300.
+CORE_BUDGET = 6500
 PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140}
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "cli": _COMPOSED | {"trl_core", "data", "training", "testing"},
     "scaffold": {"trl_core"},
 }
-PUBLIC_MODULES = {"trl_core", "trl_core.stages", "trl_core.testing"}
+PUBLIC_MODULES = {"trl_core", "trl_core.data", "trl_core.stages", "trl_core.testing"}
 
 
 # -- reading imports ---------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from ..errors import ConfigError, DatasetError
 from .formats import (
     check_different,
     check_row,
-    check_rows,
     columns_of,
     common_prefix,
+    dataset_type,
     extract_prompt,
     first_row,
     is_implicit,
@@ -299,7 +299,7 @@ def prepare_language(
     given = set(first_row(dataset, split))
     tokenised, packed, kind = "input_ids" in given, "seq_lengths" in given, "language_modeling"
     if not tokenised and formatting_func is None:
-        kind = check_rows(dataset, split, ("prompt_completion", kind), text_field)
+        kind = dataset_type(given, ("prompt_completion", kind), split, text_field)
     has_completions = kind == "prompt_completion" or (tokenised and bool(given & {"completion_mask", "labels"}))
     if completion_only_loss and not has_completions:
         raise ConfigError(
@@ -459,7 +459,7 @@ def _prepare_sides(
 ) -> Any:
     given = first_row(dataset, split)
     if not given.keys() >= set(columns):
-        check_rows(dataset, split, ("preference",))
+        dataset_type(given, ("preference",), split)
     features = dict.fromkeys(columns, _IDS) | ({"margin": Value("float32")} if "margin" in given else {})
     return _tokenize(dataset, split, tokenized, features, lost, num_proc)
 
