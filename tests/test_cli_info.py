@@ -57,6 +57,31 @@ def test_info_puts_options_under_who_defines_them(record):
     assert owners["num_generations"] == owners["logging_steps"] == "trainer"
 
 
+def test_info_shows_a_default_that_is_a_list(info, record):
+    rows = tables(info("dpo"))["Options of dpo"]
+    assert ["loss_type", "list[str] | str", "['sigmoid']"] in [row[:3] for row in rows]
+    (found,) = [option for option in record("dpo")["options"]["dpo"] if option["option"] == "loss_type"]
+    assert found["default"] == ["sigmoid"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "shared"),
+    [
+        ("sft", "packing", "padding_free"),
+        ("reward", "center_rewards_coefficient", "max_length"),
+        ("dpo", "loss_weights", "precompute_ref_log_probs"),
+        ("bema", "ema_power", "sync_ref_model"),
+    ],
+)
+def test_info_of_an_offline_algorithm_shows_its_options(name, own, shared, record):
+    options = record(name)["options"]
+    owners = {option["option"]: owner for owner, found in options.items() for option in found}
+    assert owners[own] == name
+    assert owners[shared] == ("reward" if (name, shared) == ("reward", "max_length") else "trainer")
+    hook = "loss_terms" if name == "sft" else "pair_loss"
+    assert record(name)["hooks"][hook][0][0] == ("dpo" if name == "bema" else name)
+
+
 def test_info_leaves_out_the_options_of_transformers(info):
     text = info("grpo")
     assert "warmup_steps" not in text

@@ -1,6 +1,5 @@
 import contextlib
 import functools
-import io
 import json
 import os
 import subprocess
@@ -17,6 +16,9 @@ from trl_core.cli.flags import fields_of
 from trl_core.cli.main import main
 from trl_core.testing import tiny_model, tiny_tokenizer
 from trl_core.training.online import OnlineTrainer
+
+from . import helpers_cli
+from .helpers_cli import flags, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS = """
@@ -73,23 +75,10 @@ def there(folder, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
 
 
-def flags(**options):
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
 NEEDED = flags(model="model", dataset="prompts.jsonl", reward_funcs="functions.py:length")
 
 
-def train(*words, algorithm="grpo"):
-    """Run `trl-core train`; the exit code with what is printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["train", algorithm, *words])
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+train = functools.partial(helpers_cli.train, algorithm="grpo")
 
 
 class Reached(Exception):

@@ -202,6 +202,15 @@ def test_default_of_the_base_can_be_another(packages, tmp_path):
     assert "reference" in field.metadata["help"]
 
 
+def test_default_that_can_be_changed_is_each_configs_own(packages, tmp_path):
+    plugin(packages, "one", extends="dpo", defaults="{'loss_type': ['ipo'], 'model_init_kwargs': {'dtype': 'auto'}}")
+    one, other = (get_config("one")(str(tmp_path), report_to=[], use_cpu=True) for _ in range(2))
+    one.loss_type.append("sft")
+    one.model_init_kwargs["dtype"] = "float32"
+    assert (other.loss_type, other.model_init_kwargs) == (["ipo"], {"dtype": "auto"})
+    assert get_config("dpo")(str(tmp_path), report_to=[], use_cpu=True).loss_type == ["sigmoid"]
+
+
 def test_last_named_default_wins(packages, tmp_path):
     plugin(packages, "one", defaults="{'beta': 0.1}")
     plugin(packages, "two", defaults="{'beta': 0.2}")

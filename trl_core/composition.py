@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 from functools import cached_property
@@ -363,7 +365,9 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
         "algorithm_name": composition.name,
     }
     for name, value in overrides.items():
-        namespace[name] = dataclasses.field(default=value, metadata=by_name[name].metadata)
+        # A list or dictionary is copied for each config, so that none changes the others' default.
+        default = {"default": value} if value.__hash__ else {"default_factory": functools.partial(copy.deepcopy, value)}
+        namespace[name] = dataclasses.field(**default, metadata=by_name[name].metadata)
     return dataclasses.dataclass(type(composition._class_name("Config"), (*options, base), namespace))
 
 

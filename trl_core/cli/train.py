@@ -34,13 +34,30 @@ class RunOptions:
         None, "File (.json, .jsonl, .csv, .parquet), folder, or Hub id; NAME:SPLIT names a split. Needed."
     )
     dataset_config: str | None = option(None, "Configuration of a Hub dataset.")
-    eval_dataset: str | None = option(None, "The same for evaluation.")
+    datasets: list[dict[str, Any]] | None = option(
+        None,
+        "Several, in place of dataset: mappings with path, and optionally name (the configuration), data_dir, "
+        "data_files, split, columns (those to keep) and weight (rows are drawn in these proportions).",
+    )
+    stopping_strategy: str | None = option(None, "With weights: first_exhausted (the default) or all_exhausted.")
+    streaming: bool = option(False, "Read the rows while training, not before.")
+    eval_dataset: str | None = option(None, "As dataset, for evaluation.")
+    test_split_size: int | float | None = option(None, "Rows, or the part of them, to set aside for evaluation.")
     reward_funcs: list[str] | None = option(
         None, "module:function or path/to/file.py:function, or folder or Hub id (owner/name) of a classifier."
+    )
+    ref_model: str | None = option(None, "Folder or Hub id of the reference model; default: the model as it starts.")
+    formatting_func: str | None = option(
+        None, "module:function or path/to/file.py:function that gives the text or the messages of a row."
     )
     peft: dict[str, Any] | None = option(None, "Options of peft.LoraConfig (JSON, or a mapping): train an adapter.")
     resume: bool | str | None = option(None, "Checkpoint folder, or true for the newest complete one in output_dir.")
     require: str | None = option(None, "Refuse algorithms less stable than this: stable or experimental.")
+
+
+_TRAINER_ARGUMENTS = {"reward_funcs", "ref_model", "formatting_func"}
+"""Those that only some trainers take."""
+_MIXTURE = ("datasets", "streaming", "test_split_size", "stopping_strategy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     arguments = [(name, Any, option(None, text)) for name, text in composition.arguments.items()]
     groups = groups_of(composition)
     own = {f.name for fields in groups.values() for f in fields}
-    groups = {"run": fields_of(dataclasses.make_dataclass("Run", arguments, bases=(RunOptions,))), **groups}
+    run_options = fields_of(dataclasses.make_dataclass("Run", arguments, bases=(RunOptions,)))
+    taken = {*inspect.signature(composition.trainer_class).parameters}
+    groups = {"run": [f for f in run_options if f.name not in _TRAINER_ARGUMENTS - taken], **groups}
     values = _settings(args.name, groups, args.options)
     compose(args.name, require=values.get("require"))
     _train(composition, values, {name: value for name, value in values.items() if name in own})
@@ -159,7 +178,7 @@ def load_object(spec: Any, key: str) -> Any:
     # A console script, unlike `python -m`, does not look for modules where it is run.
     sys.path.append(os.path.dirname(os.path.abspath(file)) if file else os.getcwd())
     try:
-        found = _run_file(file) if file else vars(importlib.import_module(module))
+        found = _run_file(os.path.abspath(file)) if file else vars(importlib.import_module(module))
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({at.filename}, line {at.lineno})" if os.path.exists(at.filename) else ""
@@ -182,24 +201,53 @@ def _field(name: str) -> Field:
     return RunOptions.__dataclass_fields__[name]
 
 
-def _adapter(settings: dict[str, Any]) -> Any:
+def _adapter(settings: dict[str, Any], task: str) -> Any:
     try:
-        return importlib.import_module("peft").LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
+        return importlib.import_module("peft").LoraConfig(**{"task_type": task, **settings})
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"peft: {error}", mend="pip install 'trl-core[peft]'; give options of LoraConfig.") from error
+
+
+def _check_data(values: dict[str, Any]) -> None:
+    """Refuse keys that say twice what the data are."""
+    for one, other in (("datasets", "dataset"), ("datasets", "dataset_config"), ("test_split_size", "eval_dataset")):
+        mend = "Leave one out; each of the datasets has its own path, name (configuration) and split."
+        require(not (values.get(one) and values.get(other)), f"{one} and {other} are both given.", mend)
+
+
+def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:
+    """What to train on and what to evaluate on, which may be None."""
+    from ..data.loading import load, load_mixture
+
+    config = values.get("dataset_config")
+    stream: dict[str, Any] = {"streaming": True} if values.get("streaming") else {}
+    evaluation = None
+    if values.get("eval_dataset"):
+        evaluation = load(values["eval_dataset"], config, default="test", **stream)
+    mixture = {name: values[name] for name in _MIXTURE if values.get(name)}
+    if not mixture.keys() - stream:
+        return load(values["dataset"], config, **stream), evaluation
+    found = load_mixture({"datasets": [{"path": values.get("dataset"), "name": config}], **mixture})
+    return found["train"], found.get("test", evaluation)
 
 
 def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) -> None:
     trainer_class = composition.trainer_class
     rewarded = "reward_funcs" in inspect.signature(trainer_class).parameters
-    for name in ["model", "dataset", "reward_funcs"][: 3 if rewarded else 2]:
+    _check_data(values)
+    needed = {"model": True, "dataset": not values.get("datasets"), "reward_funcs": rewarded}
+    for name in (name for name, asked in needed.items() if asked):
         mend = f"Give --{name}, or `{name}:` in the file of --config. {help_of(_field(name))}"
         require(bool(values.get(name)), f"No {name} is given.", mend)
-    extra = {name: load_object(values[name], name) for name in composition.arguments if name in values}
+    given = [*composition.arguments, *(name for name in ("ref_model", "formatting_func") if values.get(name))]
+    extra = {name: load_object(values[name], name) for name in given if name in values}
+    if "formatting_func" in extra:
+        what = f"formatting_func: {values['formatting_func']!r} is no function."
+        require(callable(extra["formatting_func"]), what, help_of(_field("formatting_func")))
     if rewarded:
         extra["reward_funcs"] = [_reward(spec) for spec in values["reward_funcs"]]
     if values.get("peft") is not None:
-        extra["peft_config"] = _adapter(values["peft"])
+        extra["peft_config"] = _adapter(values["peft"], "SEQ_CLS" if trainer_class.new_head == "score" else "CAUSAL_LM")
     options = {"output_dir": f"{composition.name.replace('+', '-')}-output", **options}
     try:
         config = composition.config_class(**options | {"report_to": options.get("report_to") or "none"})
@@ -208,17 +256,19 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     except ValueError as error:
         raise ConfigError(f"The options do not fit: {error}", mend="Change the option that is named.") from error
 
+    endless = values.get("streaming") and config.max_steps < 1
+    require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")
+
     from transformers import PrinterCallback, ProgressCallback
 
-    from ..data.loading import load
     from ..training.callbacks import JsonlMetricsCallback, StepLineCallback
 
-    if values.get("eval_dataset"):
-        extra["eval_dataset"] = load(values["eval_dataset"], values.get("dataset_config"), default="test")
+    train_dataset, eval_dataset = _load_data(values)
     trainer = trainer_class(
         model=values["model"],
         args=config,
-        train_dataset=load(values["dataset"], values.get("dataset_config")),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         callbacks=[JsonlMetricsCallback(), StepLineCallback()],
         **extra,
     )

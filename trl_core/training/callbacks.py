@@ -32,7 +32,9 @@ class JsonlMetricsCallback(TrainerCallback):
 
 
 class StepLineCallback(TrainerCallback):
-    """Print one readable line per log: rewards, length, KL, and where the time went.
+    """Print one readable line per log: rewards, length, KL, loss, accuracy, and where the time went.
+
+    Metrics that a log does not have are left out; those of an evaluation are marked as such.
 
     Args:
         extra: further metrics to show after the reward, as (name, label, format).
@@ -40,10 +42,14 @@ class StepLineCallback(TrainerCallback):
 
     _SHOWN = (
         ("reward", "reward", "{:.3f}"),
-        ("eval_reward", "eval reward", "{:.3f}"),
         ("completions/mean_length", "length", "{:.1f}"),
         ("kl", "kl", "{:.4f}"),
         ("loss", "loss", "{:.4f}"),
+        ("rewards/accuracies", "accuracy", "{:.3f}"),
+        ("rewards/margins", "margin", "{:.3f}"),
+        ("accuracy", "accuracy", "{:.3f}"),
+        ("margin", "margin", "{:.3f}"),
+        ("mean_token_accuracy", "token accuracy", "{:.3f}"),
         ("grad_norm", "grad", "{:.2f}"),
         ("step_time", "step", "{:.1f}s"),
         ("time/generate", "generate", "{:.1f}s"),
@@ -65,7 +71,9 @@ class StepLineCallback(TrainerCallback):
         """Print the line."""
         if not state.is_world_process_zero or not logs:
             return
-        parts = [f"{label} {form.format(logs[name])}" for name, label, form in self.shown if name in logs]
+        of = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+        named = [(of + name, of.replace("_", " ") + label, form) for name, label, form in self.shown]
+        parts = [f"{label} {form.format(logs[name])}" for name, label, form in named if name in logs]
         if parts:
             # Through tqdm, so that a progress bar on the same terminal is not torn.
             tqdm.write(f"step {state.global_step:>4}/{state.max_steps}  " + "  ".join(parts))
