@@ -6,11 +6,17 @@ import pytest
 
 from trl_core.errors import AlgorithmNotFoundError, ConfigError, ConformanceError
 from trl_core.testing import Subject, conformance_checks
-from trl_core.testing.conformance import CHECKS
+from trl_core.testing.conformance import (
+    CHECKS,
+    check_evaluation_changes_nothing,
+    check_layout_does_not_matter,
+    check_resumes_exactly_at_every_step,
+)
 
 from .helpers_dist import write_distribution
 
-# An algorithm with one option: it multiplies advantages. Faults are put in by replacing a piece of it.
+# Algorithms with one option: a factor of the advantages, of the losses of pairs, or of a term. Faults are put in by
+# replacing a piece of one.
 SOUND = """
 from dataclasses import dataclass
 import random
@@ -18,35 +24,44 @@ from trl_core import Algorithm, hookimpl, option
 
 @dataclass
 class Options:
-    factor: float = option(1.0, "Multiplies advantages.")
+    factor: float = option(1.0, "Multiplies.")
 
 class Hooks:
     def __init__(self, context):
         self.context, self.factor, self.calls = context, context.args.factor, 0
+{hooks}
+    @hookimpl
+    def after_step(self, policy):
+        pass
 
+algorithm = Algorithm(name=NAME, summary="For tests.", extends="{base}", config=Options, hooks=Hooks)
+"""
+REFINED = """
     @hookimpl(wrapper=True)
-    def advantages(self, rollouts):
+    def {}:
         result = yield
         return result * self.factor
-
+"""
+TERM = """
     @hookimpl
     def loss_terms(self, samples, logps):
         return {}
-
-    @hookimpl
-    def after_step(self):
-        pass
-
-algorithm = Algorithm(name=NAME, summary="For tests.", extends="grpo", config=Options, hooks=Hooks)
 """
+SQUARE = "{'square': logps**2} if self.factor != 1 else {}"
+HOOKS = {
+    "grpo": REFINED.format("advantages(self, rollouts)") + TERM,
+    "dpo": REFINED.format("pair_loss(self, pairs)"),
+    "sft": TERM.replace("{}", SQUARE),
+}
+SOUND = {base: SOUND.format(base=base, hooks=hooks) for base, hooks in HOOKS.items()}
 RESULT = "return result * self.factor"
 COUNTS = (RESULT, "self.calls += self.context.training and self.factor != 1\n        return result * (1 + self.calls)")
 STATE = (
     "\n    def state_dict(self):\n        return {{'calls': self.calls}}\n\n    def load_state_dict(self, state):\n{}\n"
 )
-AFTER_STEP = "def after_step(self):\n        pass\n"
+AFTER_STEP = "def after_step(self, policy):\n        pass\n"
 
-# Name of the fault: the check that finds it, what is replaced by what.
+# Name of the fault: the check that finds it, what is replaced by what, and in an extension of what (if not of GRPO).
 FAULTS = {
     "imported_at_start": ("check_is_listed_without_import", "", ""),
     "without_range": ("check_declares_its_range", "", ""),
@@ -55,13 +70,14 @@ FAULTS = {
     "default_argument": ("check_hooks_fit_the_contract", "(self, rollouts)", "(self, rollouts=None)"),
     "misspelt_hook": ("check_hooks_fit_the_contract", "def loss_terms", "def loss_term"),
     "unknown_argument": ("check_hooks_fit_the_contract", "(self, samples, logps)", "(self, samples, log_probs)"),
-    "without_help": ("check_options_have_default_and_help", 'option(1.0, "Multiplies advantages.")', "1.0"),
-    "without_default": ("check_options_have_default_and_help", ' = option(1.0, "Multiplies advantages.")', ""),
+    "without_help": ("check_options_have_default_and_help", 'option(1.0, "Multiplies.")', "1.0"),
+    "without_default": ("check_options_have_default_and_help", ' = option(1.0, "Multiplies.")', ""),
     "option_of_base": (
         "check_options_are_new",
         "class Options:",
         "class Options:\n    beta: float = option(0.0, 'B.')",
     ),
+    "scalar_term": ("check_trains", "return {}", "return {'mine': logps.mean()}"),
     "seedless": ("check_same_seed_gives_same_weights", "* self.factor", "* random.SystemRandom().random()"),
     "does_nothing": ("check_acts", RESULT, "return result"),
     "not_neutral": ("check_neutral_setting_equals_base", "* self.factor", "* (self.factor + 0.001)"),
@@ -82,18 +98,39 @@ FAULTS = {
         AFTER_STEP,
         "def after_step(self):\n        self.calls += 1\n" + STATE.format("        pass"),
     ),
+    "writes_elsewhere": (
+        "check_writes_only_into_output_dir",
+        AFTER_STEP,
+        AFTER_STEP.replace("pass", "open('x', 'a').close()"),
+    ),
     "changes_argument": (
         "check_hooks_leave_their_arguments_alone",
         "result = yield\n        return result * self.factor",
         "rollouts.reward *= self.factor\n        return (yield)",
     ),
+    "scalar_of_pairs": ("check_trains", RESULT, RESULT + ".mean()", "dpo"),
+    "infinite": ("check_trains", "logps**2", "logps / 0", "sft"),
+    "mean_of_texts": ("check_micro_batches_do_not_matter", "logps**2", "logps**2 / samples.num_rows", "sft"),
+    "knows_layout": ("check_layout_does_not_matter", RESULT, RESULT + " * (1 + self.context.args.padding_free)", "dpo"),
+    "forgets_pairs": (
+        "check_resumes_exactly_at_every_step",
+        f"{RESULT}\n\n    @hookimpl\n    {AFTER_STEP}",
+        f"{RESULT}**self.calls\n\n    @hookimpl\n    {AFTER_STEP.replace('pass', 'self.calls += 1')}",
+        "dpo",
+    ),
+    "writes_policy": (
+        "check_hooks_leave_their_arguments_alone",
+        AFTER_STEP,
+        AFTER_STEP.replace("pass", "self.factor == 1 or policy.lm_head.weight.data.mul_(0.9)"),
+        "dpo",
+    ),
 }
 
 
-def install(packages, name, old="", new=""):
+def install(packages, name, old="", new="", base="grpo"):
     """Install SOUND under this name, with `old` replaced, and return how to test it."""
-    assert old in SOUND
-    source = (SOUND.replace(old, new) if old else SOUND).replace("NAME", repr(name))
+    assert old in SOUND[base]
+    source = (SOUND[base].replace(old, new) if old else SOUND[base]).replace("NAME", repr(name))
     files = {f"trl_{name}.py": source}
     if name == "imported_at_start":
         files["sitecustomize.py"] = f"import trl_{name}"
@@ -119,9 +156,44 @@ def failed(found):
 
 
 # -- sound algorithms --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("check", conformance_checks(Subject("trl-core:grpo")))
-def test_grpo_conforms(check, tmp_path):
+ALGORITHMS = {
+    "grpo": Subject("trl-core:grpo"),
+    "sft": Subject("trl-core:sft"),
+    "reward": Subject("trl-core:reward", {"center_rewards_coefficient": 0.01}),
+    "dpo": Subject("trl-core:dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=f"{name}-{check.__name__}")
+        for name in ALGORITHMS
+        for check in conformance_checks(ALGORITHMS[name])
+    ],
+)
+def test_algorithm_conforms(check, tmp_path):
     check(tmp_path)
+
+
+def test_reference_that_is_let_go_conforms(tmp_path):
+    subject = Subject("trl-core:dpo", {"precompute_ref_log_probs": True, "max_steps": 3})
+    for check in (check_layout_does_not_matter, check_resumes_exactly_at_every_step, check_evaluation_changes_nothing):
+        check(subject, tmp_path / check.__name__)
+
+
+def test_trainer_without_data_is_refused(packages, tmp_path):
+    source = (
+        "from trl_core import Algorithm\n"
+        "from trl_core.training.base import CoreTrainer as Bare\n"
+        "from trl_core.training.config import CoreConfig\n"
+        "algorithm = Algorithm(name='bare', summary='.', config=CoreConfig, trainer='trl_bare:Bare')\n"
+    )
+    write_distribution(
+        packages, "trl-bare", {"trl_core.experimental": {"bare": "trl_bare:algorithm"}}, files={"trl_bare.py": source}
+    )
+    with pytest.raises(ConfigError, match="no data to check BARETrainer with"):
+        Subject("bare").trainer(tmp_path)
 
 
 WITH_STATE = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "entropy_coef": 0.01}
@@ -138,19 +210,23 @@ def test_grpo_with_reference_and_adaptive_entropy_conforms(check, tmp_path):
     check(tmp_path)
 
 
-def test_sound_plugin_passes_every_check(packages, tmp_path):
-    assert set(outcomes(install(packages, "sound"), tmp_path).values()) == {None}
+@pytest.mark.parametrize("base", SOUND)
+def test_sound_plugin_passes_every_check(base, packages, tmp_path):
+    found = outcomes(install(packages, f"sound_{base}", base=base), tmp_path)
+    skipped = {"check_layout_does_not_matter"} if base == "grpo" else set()
+    assert {name for name, error in found.items() if error is not None} == skipped
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_fails_exactly_its_check(fault, packages, tmp_path):
-    check, old, new = FAULTS[fault]
-    assert failed(outcomes(install(packages, fault, old, new), tmp_path)) == [check]
+def test_fault_fails_exactly_its_check(fault, packages, tmp_path, monkeypatch):
+    check, *replaced = FAULTS[fault]
+    monkeypatch.chdir(tmp_path)
+    assert failed(outcomes(install(packages, fault, *replaced), tmp_path)) == [check]
 
 
 def test_every_check_has_a_fault():
-    assert {check.__name__ for check in CHECKS} == {check for check, _, _ in FAULTS.values()}
+    assert {check.__name__ for check in CHECKS} == {check for check, *_ in FAULTS.values()}
 
 
 def test_every_check_says_what_it_checks():

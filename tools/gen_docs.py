@@ -7,17 +7,20 @@
     hook NAME           kind, signature and description of a hook
     options NAME OWNER  the options that OWNER defines in the configuration of the algorithm NAME; OWNER is an
                         algorithm, or "trainer" for what the trainers of the core define
+    fields CLASS        the fields of a class of trl_core.batch with their descriptions
     errors              every error class with its description
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +64,20 @@ def options(name: str, owner: str) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def fields(name: str) -> str:
+    """A table of the fields that a class of rows adds to its base, with the text that follows each in the source."""
+    from trl_core import batch
+
+    rows = ["| field | what it is |", "| --- | --- |"]
+    (found,) = ast.parse(inspect.getsource(getattr(batch, name))).body
+    assert isinstance(found, ast.ClassDef)
+    for field, text in pairwise(found.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            described = " ".join(str(ast.literal_eval(text.value)).split()).replace("|", "\\|")
+            rows.append(f"| `{ast.unparse(field.target)}` | {described} |")
+    return "\n".join(rows)
+
+
 def errors() -> str:
     """A table of the error classes, in the order in which they are defined."""
     from trl_core import errors as module
@@ -72,7 +89,7 @@ def errors() -> str:
     return "\n".join(rows)
 
 
-WRITERS: dict[str, Callable[..., str]] = {f.__name__: f for f in (algorithms, hook, options, errors)}
+WRITERS: dict[str, Callable[..., str]] = {f.__name__: f for f in (algorithms, hook, options, fields, errors)}
 
 
 def current(text: str) -> str:

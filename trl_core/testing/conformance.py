@@ -15,13 +15,14 @@ fails or because it does not apply, raises `unittest.SkipTest`: one fault is rep
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -30,7 +31,7 @@ import torch
 from importlib_metadata import requires
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..batch import TokenRows
@@ -38,11 +39,12 @@ from ..composition import Hooks, compose
 from ..discovery import CORE, load
 from ..errors import ConfigError, ConformanceError
 from ..training.state import checkpoints, join_tensors, split_tensors
-from .subject import Subject
+from .subject import Subject, Weights
 
 Check = Callable[[Subject, Path], None]
 SPLITS = ((16, 1), (8, 2), (4, 4), (2, 8))
 """Rows of a micro-batch and micro-batches of a step; the last cuts groups of 4."""
+LAYOUTS: tuple[dict[str, Any], ...] = ({}, {"padding_free": True}, {"share_prompts": False}, {"pad_to_multiple_of": 16})
 SPLIT_TOLERANCE = 1e-5
 """Relative to the change that training made, of which rounding moves about 1e-6."""
 
@@ -121,22 +123,38 @@ def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[s
     return sorted((one.keys() ^ other.keys()) | unequal)
 
 
+def _shared(*runs: Weights) -> list[Weights]:
+    """Only the weights that every run ends with: options may bring or remove a reference."""
+    names = set.intersection(*({*run} for run in runs))
+    return [{name: value for name, value in run.items() if name in names} for run in runs]
+
+
 def _require_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str, mend: str) -> None:
     differing = _differing(one, other)
     _require(not differing, f"{what}: {len(differing)} of {len(one)} tensors differ, {differing[:1]} first.", mend)
 
 
+def check_trains(subject: Subject, folder: Path) -> None:
+    """Training goes through to its end with finite losses and moves the weights, which stay finite."""
+    _first(check_options_are_new, subject, folder)
+    what = f"{subject.name!r}, trained under {dict(subject.options)},"
+    moved = _differing(*_shared(subject.run, subject.weights(subject.trainer(folder))))
+    _require(moved, f"{what} moves no weight.", "Give Subject(options=...) under which it learns.")
+    finite = all(bool(tensor.isfinite().all()) for tensor in subject.run.values())
+    _require(finite, f"{what} ends with weights that are not finite.", "Look for a division by 0, or a root of it.")
+
+
 def check_same_seed_gives_same_weights(subject: Subject, folder: Path) -> None:
     """Two runs with one seed end with the same weights, bit for bit."""
-    _first(check_options_are_new, subject, folder)
+    _first(check_trains, subject, folder)
     mend = "Draw random numbers from torch's global generator, or from one seeded with args.seed; sort sets."
-    _require_equal(*subject.two_runs, "Two runs with the same seed end with other weights", mend)
+    _require_equal(subject.run, subject.again, "Two runs with the same seed end with other weights", mend)
 
 
 def check_acts(subject: Subject, folder: Path) -> None:
     """Under the options given it trains otherwise than its base; if not, the other checks would show nothing."""
     _first(check_same_seed_gives_same_weights, subject, folder)
-    differs = _differing(subject.two_runs[0], subject.train(folder, base=True))
+    differs = _differing(*_shared(subject.run, subject.train(folder, base=True)))
     _require(differs, f"{subject.name!r} trains exactly as its base.", "Give Subject(options=...) under which it acts.")
 
 
@@ -145,7 +163,7 @@ def check_neutral_setting_equals_base(subject: Subject, folder: Path) -> None:
     _first(check_same_seed_gives_same_weights, subject, folder)
     if subject.neutral is None:
         raise SkipTest(f"{subject.name} has no neutral setting.")
-    base, own = (subject.train(folder / str(base), base=base, **subject.neutral) for base in (True, False))
+    base, own = _shared(*(subject.train(folder / str(base), base=base, **subject.neutral) for base in (True, False)))
     mend = "Let every hook return what it was given when there is nothing to do."
     _require_equal(base, own, f"{subject.name!r} does not equal its base under {subject.neutral}", mend)
 
@@ -153,17 +171,30 @@ def check_neutral_setting_equals_base(subject: Subject, folder: Path) -> None:
 def check_micro_batches_do_not_matter(subject: Subject, folder: Path) -> None:
     """However the rows of an optimizer step are cut into micro-batches, the step is the same."""
     _first(check_same_seed_gives_same_weights, subject, folder)
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
+    splits = [dict(zip(names, (rows, cuts, cuts, 1), strict=True)) for rows, cuts in SPLITS]
+    mend = "Return terms per token or per pair; leave every mean over rows or tokens to the core."
+    _require_same_steps(subject, folder, splits, mend)
+
+
+def check_layout_does_not_matter(subject: Subject, folder: Path) -> None:
+    """However the rows of a micro-batch are laid out for the model, the step is the same."""
+    _first(check_same_seed_gives_same_weights, subject, folder)
+    if subject.online:
+        raise SkipTest(f"{subject.name} is trained online, where rows are laid out in one way only.")
+    mend = "Take log-probabilities and scores from the core, which knows where a row's tokens are."
+    _require_same_steps(subject, folder, LAYOUTS, mend)
+
+
+def _require_same_steps(subject: Subject, folder: Path, ways: Sequence[dict[str, Any]], mend: str) -> None:
     # Plain gradient descent, for Adam and clipping would hide a wrong factor.
-    options: Any = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 2, "num_iterations": 1}
-    runs = [subject.trainer(folder / "start").model.state_dict()]
-    for rows, cuts in SPLITS:
-        split: Any = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": cuts}
-        runs.append(subject.train(folder / str(cuts), **options, **split, steps_per_generation=cuts))
-    start, whole, *others = [torch.cat([w.double().flatten() for w in weights.values()]) for weights in runs]
-    for (rows, cuts), other in zip(SPLITS[1:], others, strict=True):
-        gap = float((other - whole).norm() / (whole - start).norm())
-        what = f"{cuts} micro-batches of {rows} rows train otherwise than one of {rows * cuts}: relative gap {gap:.1g}."
-        mend = "Return terms per token; leave every mean over rows or tokens to the core."
+    options: Any = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 2}
+    runs = [subject.weights(subject.trainer(folder / "start"))]
+    runs += [subject.train(folder / str(number), **options, **way) for number, way in enumerate(ways)]
+    start, usual, *others = [torch.cat([w.double().flatten() for w in run.values()]) for run in _shared(*runs)]
+    for way, other in zip(ways[1:], others, strict=True):
+        gap = float((other - usual).norm() / (usual - start).norm())
+        what = f"{subject.name!r} trains otherwise under {way} than under {ways[0]}: relative gap {gap:.1g}."
         _require(gap <= SPLIT_TOLERANCE, what, mend)
 
 
@@ -174,7 +205,7 @@ def check_resumes_exactly_at_every_step(subject: Subject, folder: Path) -> None:
     mend = "Give the hooks class state_dict and load_state_dict with all that changes during training."
     for checkpoint in checkpoints(folder / "saved")[:-1]:
         weights = subject.train(folder / checkpoint.name, resume=checkpoint)
-        _require_equal(subject.two_runs[0], weights, f"Resumed from {checkpoint.name}, training ends elsewhere", mend)
+        _require_equal(subject.run, weights, f"Resumed from {checkpoint.name}, training ends elsewhere", mend)
 
 
 def check_evaluation_changes_nothing(subject: Subject, folder: Path) -> None:
@@ -182,12 +213,12 @@ def check_evaluation_changes_nothing(subject: Subject, folder: Path) -> None:
     _first(check_same_seed_gives_same_weights, subject, folder)
     weights = subject.train(folder, eval_strategy="steps", eval_steps=1)
     mend = "Change nothing in a hook while context.training is False."
-    _require_equal(subject.two_runs[0], weights, "With evaluation, training ends with other weights", mend)
+    _require_equal(subject.run, weights, "With evaluation, training ends with other weights", mend)
 
 
 def check_state_survives_storage(subject: Subject, folder: Path) -> None:
     """The state of the hooks is the same after a way through JSON and safetensors into a fresh trainer."""
-    _first(check_options_are_new, subject, folder)
+    _first(check_trains, subject, folder)
     trained, fresh = (subject.trainer(folder / name) for name in ("trained", "fresh"))
     trained.train()
     plain, tensors = _stored(trained.hooks)
@@ -203,9 +234,21 @@ def _stored(hooks: Hooks) -> tuple[str, dict[str, Tensor]]:
     return json.dumps(split_tensors(hooks.state_dict(), tensors)), tensors
 
 
+def check_writes_only_into_output_dir(subject: Subject, folder: Path) -> None:
+    """A run with checkpoints and evaluations leaves no file in the folder it is started in, nor around its own."""
+    _first(check_trains, subject, folder)
+    (folder / "start").mkdir(parents=True)
+    with contextlib.chdir(folder / "start"):
+        subject.train(folder / "output", max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="epoch")
+    found = [path.name for path in folder.rglob("*") if not path.is_relative_to(folder / "output")]
+    _require(
+        found == ["start"], f"{subject.name!r} writes outside of output_dir: {found}.", "Write under args.output_dir."
+    )
+
+
 def check_hooks_leave_their_arguments_alone(subject: Subject, folder: Path) -> None:
-    """No hook changes the rows or tensors it is given: what other plugins see would depend on their order."""
-    _first(check_options_are_new, subject, folder)
+    """No hook changes the policy, rows or tensors it is given: what other plugins see would depend on their order."""
+    _first(check_trains, subject, folder)
     trainer, changed = subject.trainer(folder), set[str]()
     given: list[dict[str, Tensor]] = []
 
@@ -222,6 +265,8 @@ def check_hooks_leave_their_arguments_alone(subject: Subject, folder: Path) -> N
 
 def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     rows = {name: value.tensors() for name, value in arguments.items() if isinstance(value, TokenRows)}
+    if isinstance(policy := arguments.get("policy"), nn.Module):
+        rows["policy"] = policy.state_dict()
     inner = {f"{name}.{key}": tensor for name, tensors in rows.items() for key, tensor in tensors.items()}
     return inner | {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,6 +40,17 @@ def tiny_model(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         seed: of the weights; the global random state is left as it was.
         **overrides: of its `LlamaConfig`.
     """
+    model: LlamaForCausalLM = _made(LlamaForCausalLM, seed, overrides)
+    return model
+
+
+def tiny_classifier(seed: int = 0, **overrides: Any) -> LlamaForSequenceClassification:
+    """A reward model of the same size: one score per row; see `tiny_model`."""
+    model: LlamaForSequenceClassification = _made(LlamaForSequenceClassification, seed, {"num_labels": 1, **overrides})
+    return model
+
+
+def _made(model_class: Any, seed: int, overrides: dict[str, Any]) -> Any:
     options = {
         "vocab_size": 261,
         "hidden_size": 32,
@@ -56,4 +67,4 @@ def tiny_model(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**options))
+        return model_class(LlamaConfig(**options))
