@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import dataclasses
 import inspect
 import re
 import runpy
@@ -25,7 +26,10 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*
 GUIDE = ROOT / "docs" / "writing-a-plugin.md"
 HOOKS = ROOT / "docs" / "hooks.md"
 README = ROOT / "README.md"
-ALGORITHM_PAGES = {"trl-core:grpo": "grpo.md", "trl-gfpo:gfpo": "gfpo.md"}
+ALGORITHM_PAGES = {f"trl-core:{name}": f"{name}.md" for name in ("dpo", "grpo", "reward", "sft")} | {
+    "trl-bema:bema": "bema.md",
+    "trl-gfpo:gfpo": "gfpo.md",
+}
 
 
 def read(page):
@@ -112,7 +116,8 @@ def test_every_option_is_documented_with_its_default(name):
     own = inspect.get_annotations(config)
     for field in config.__dataclass_fields__.values():
         if field.name in own:
-            default = "none" if field.default is None else f"`{field.default!r}`"
+            made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = "none" if made is None else f"`{made!r}`"
             assert re.search(rf"^\| `{field.name}` \| [^\n]* \| {re.escape(default)} \| \S", text, re.MULTILINE), (
                 field.name
             )

@@ -112,7 +112,7 @@ class HookSpecs:
         Return values per token, never a scalar: `trl_core.stages.aggregate` alone weights tokens, so denominators,
         gradient accumulation and process counts are right whatever you write. A term that must be a mean over
         tokens whatever the algorithm's aggregation is wrapped as `TokenMean(values)`. In supervised training
-        `samples` are `TokenRows` and `log_ratio` is None.
+        `samples` are `Texts` and `log_ratio` is None.
         """
 
     @_provide(refine=True)

@@ -112,6 +112,9 @@ def load_mixture(spec: dict[str, Any]) -> DatasetDict | IterableDatasetDict:
             mend="Give every entry a weight, or leave out an entry that is not to be drawn from.",
         )
     try:
+        named = [set(part.column_names or []) for part in parts]
+        if any(columns != named[0] for columns in named if columns):
+            raise ValueError("They have different columns.")  # which datasets would fill with None
         if weighted:
             shares = [weight / sum(weights) for weight in weights]
             stop = spec.get("stopping_strategy", "first_exhausted")
