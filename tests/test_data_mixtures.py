@@ -119,3 +119,12 @@ def test_columns_of_other_types_are_named(folder):
     (folder / "c.jsonl").write_text('{"prompt": ["c"], "n": 1}')
     with pytest.raises(DatasetError, match=r"cannot be mixed.*datasets\[1\]: \['prompt', 'n'\]"):
         load_mixture({"datasets": [A, {"path": "c.jsonl"}]})
+
+
+def test_entries_with_other_columns_are_refused(tmp_path):
+    paths = []
+    for name, row in (("a", {"prompt": "q", "completion": "c"}), ("b", {"text": "t"})):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"columns differ: datasets\[0\]: .*prompt.*; datasets\[1\]: \['text'\]"):
+        load_mixture({"datasets": [{"path": str(path)} for path in paths]})

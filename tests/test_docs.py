@@ -1,8 +1,8 @@
 """The documentation says what is so: generated parts are current, links resolve, and what it shows runs."""
 
 import ast
-import importlib.util
 import dataclasses
+import importlib.util
 import inspect
 import re
 import runpy

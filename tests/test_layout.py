@@ -213,6 +213,21 @@ def test_other_models_fall_back_and_are_still_right(name):
     torch.testing.assert_close(logps, token_logps(model, rows, pad_token_id=2).logps, rtol=1e-4, atol=1e-5)
 
 
+def test_small_leak_between_rows_is_found():
+    # Of a new model the logits are small, and so is what rows get from each other; training makes it large.
+    model = make(OTHERS["bloom"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.1)
+    assert Layouts(model).choose(rows_of()) == PADDED
+
+
+def test_rounding_of_half_precision_is_no_leak():
+    model = make(MODELS["llama"]).to(torch.bfloat16)
+    assert Layouts(model).choose(rows_of()) == SHARED
+    assert Layouts(model, share_prompts=False).choose(rows_of()) == PACKED
+
+
 def test_rows_beyond_the_sliding_window_are_not_shared():
     model = make(MODELS["mistral"])
     layouts, long = Layouts(model), rows_of(prompts=(range(5, 35), (10, 11, 12)))

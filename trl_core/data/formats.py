@@ -223,7 +223,8 @@ def check_rows(dataset: Any, split: str, forms: Sequence[str] = tuple(TYPES), te
         Which of `forms` it is.
 
     Raises:
-        DatasetError: no dataset, no row, no columns of a welcome type, or a row of another form.
+        DatasetError: no dataset, no row, no columns of a welcome type, a row of another form, or a pair that prefers
+            nothing.
     """
     first = first_row(dataset, split)
     kind = dataset_type(first, forms, split, text_field)
@@ -231,6 +232,8 @@ def check_rows(dataset: Any, split: str, forms: Sequence[str] = tuple(TYPES), te
     for i, row in enumerate(rows):
         where = f"Row {i} of {split}"
         check_row(to_chatml(row, where), where, kind, text_field)
+        if kind == "preference":
+            check_different(row, where)
     return kind
 
 

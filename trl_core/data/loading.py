@@ -111,10 +111,11 @@ def load_mixture(spec: dict[str, Any]) -> DatasetDict | IterableDatasetDict:
             f"The weights of the datasets are {weights}; expected a positive number for each, or none at all.",
             mend="Give every entry a weight, or leave out an entry that is not to be drawn from.",
         )
+    columns = "; ".join(f"datasets[{i}]: {part.column_names}" for i, part in enumerate(parts))
+    mend = "Keep the same columns, of the same types, with `columns`; and check the options of the mixture."
+    if len({frozenset(part.column_names) for part in parts if part.column_names}) > 1:  # datasets would fill in None
+        raise DatasetError(f"The datasets cannot be mixed: their columns differ: {columns}.", mend=mend)
     try:
-        named = [set(part.column_names or []) for part in parts]
-        if any(columns != named[0] for columns in named if columns):
-            raise ValueError("They have different columns.")  # which datasets would fill with None
         if weighted:
             shares = [weight / sum(weights) for weight in weights]
             stop = spec.get("stopping_strategy", "first_exhausted")
@@ -124,11 +125,8 @@ def load_mixture(spec: dict[str, Any]) -> DatasetDict | IterableDatasetDict:
         if size is not None:
             return mixed.train_test_split(test_size=size, seed=seed)
     except ValueError as error:
-        columns = "; ".join(f"datasets[{i}]: {part.column_names}" for i, part in enumerate(parts))
-        raise DatasetError(
-            f"The datasets cannot be mixed: {error} Their columns are {columns}.",
-            mend="Keep the same columns, of the same types, with `columns`; and check the options of the mixture.",
-        ) from error
+        what = f"The datasets cannot be mixed: {error} Their columns are {columns}."
+        raise DatasetError(what, mend=mend) from error
     return (DatasetDict if isinstance(mixed, Dataset) else IterableDatasetDict)({"train": mixed})
 
 

@@ -165,9 +165,7 @@ def _tree_mask(unit_of: Tensor, branch_of: Tensor, float_mask: torch.dtype | Non
     mask = (same_unit & visible & causal)[:, None]
     if float_mask is None:
         return mask
-    return torch.zeros(mask.shape, dtype=float_mask, device=mask.device).masked_fill(
-        ~mask, torch.finfo(float_mask).min
-    )
+    return torch.zeros(mask.shape, dtype=float_mask, device=mask.device).masked_fill(~mask, torch.finfo(float_mask).min)
 
 
 def _places(rows: TokenRows, line: Tensor, start: Tensor, last_of_prompt: Tensor) -> tuple[Places, Places]:
@@ -234,7 +232,7 @@ class Layouts:
         inner: Any = self.model
         while not hasattr(inner, "config") and hasattr(inner, "module"):
             inner = inner.module
-        config = getattr(inner, "config", None)
+        config: Any = getattr(inner, "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
@@ -266,7 +264,7 @@ class Layouts:
             return {
                 kind
                 for kind, (before, after) in found.items()
-                if _close(before, expected) and _close(after, before, others, 1e-5)
+                if _close(before, expected) and _close(after, before, others, 1e-6)
             }
         finally:
             self.model.train(training)
@@ -333,4 +331,6 @@ def _close(
     if tolerance is None:
         tolerance = 1e-3 if expected.dtype == torch.float32 else 3e-2
     found, expected = (value.float() if rows is None else value.float()[rows] for value in (found, expected))
-    return bool(torch.isfinite(found).all()) and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+    return bool(torch.isfinite(found).all()) and bool(
+        (found - expected).abs().max() <= tolerance * expected.abs().max()
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -60,8 +62,15 @@ def load_policy(
         ) from error
 
 
-def load_tokenizer(processing_class: Any, model: nn.Module, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    processing_class: Any,
+    model: nn.Module,
+    trust_remote_code: bool,
+    customize: Callable[[Any], None] = lambda tokenizer: None,
+) -> PreTrainedTokenizerBase:
     """The given tokenizer, or the one saved beside the model; its pad token falls back to the terminator.
+
+    `customize` may give it other special tokens before that.
 
     Raises:
         ConfigError: there is none, or it has neither pad nor end-of-sequence token.
@@ -76,6 +85,7 @@ def load_tokenizer(processing_class: Any, model: nn.Module, trust_remote_code: b
                 f"No tokenizer was passed and none can be loaded from {source!r}.", mend="Pass processing_class=...."
             ) from error
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # the text side of a processor
+    customize(tokenizer)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -94,17 +104,21 @@ def load_classifier(
     Raises:
         ConfigError: it has another number of outputs, or see `load_policy`.
     """
-    one = {"num_labels": 1} if isinstance(model, str) else {}
-    loaded: Any = load_policy(
-        model, {**(init_kwargs or {}), **one} or None, trust_remote_code, AutoModelForSequenceClassification
-    )
-    outputs = getattr(getattr(loaded, "config", None), "num_labels", None)
+    config, one = getattr(model, "config", None), {}
+    if isinstance(model, str):
+        one = {"num_labels": 1}
+        with contextlib.suppress(OSError, ValueError):  # loading the model says why
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        config = config if "Classification" in str(getattr(config, "architectures", None)) else None
+    outputs = getattr(config, "num_labels", 1 if one else None)
     if outputs != 1:
         raise ConfigError(
             f"The reward model has {outputs} outputs; a score is one number.",
-            mend="Load it with AutoModelForSequenceClassification.from_pretrained(..., num_labels=1).",
+            mend="Train one with one output: from_pretrained(..., num_labels=1), or start from a language model.",
         )
-    return loaded  # type: ignore[no-any-return]
+    return load_policy(
+        model, {**(init_kwargs or {}), **one} or None, trust_remote_code, AutoModelForSequenceClassification
+    )
 
 
 def customize_tokenizer(
@@ -114,7 +128,8 @@ def customize_tokenizer(
 
     Args:
         tokenizer: changed in place.
-        eos_token, pad_token: tokens, or None to leave them.
+        eos_token: a token, or None to leave it.
+        pad_token: likewise.
         chat_template: a .jinja file, or a folder or Hub id of a tokenizer whose template is taken.
         trust_remote_code: for that tokenizer.
 

@@ -33,17 +33,17 @@ class TokenScores:
 
 
 class _LogProbs(torch.autograd.Function):
-    """log_softmax at one index per row; its backward allocates one tensor of the size of the logits instead of three."""
+    """log_softmax at one index per row, whose backward allocates one tensor of the size of the logits, not three."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         normalizer = torch.logsumexp(logits, -1)
         ctx.save_for_backward(logits, targets, normalizer)
         ctx.mark_non_differentiable(normalizer)
         return logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer, normalizer
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         logits, targets, normalizer = ctx.saved_tensors
         result = (logits - normalizer[:, None]).exp_().mul_(-grad[:, None])
         return result.scatter_add_(-1, targets[:, None], grad[:, None]), None
@@ -104,7 +104,7 @@ def token_logps(
     logits = logits.float()
     logits = logits if temperature == 1.0 else logits / temperature
     targets = rows.completion_ids[rows.loss_mask]
-    logps, normalizer = _LogProbs.apply(logits, targets)
+    logps, normalizer = _LogProbs.apply(logits, targets)  # type: ignore[no-untyped-call]
     scores = TokenScores(logps, output)
     if "mean_logp" in statistics:
         scores.statistics["mean_logp"] = logits.mean(-1) - torch.logsumexp(logits, -1)

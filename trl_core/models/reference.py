@@ -46,9 +46,10 @@ class ReferenceModel:
         new_adapter: bool,
         given: nn.Module | None = None,
         separate: bool = False,
-        layouts: Callable[[nn.Module], Layouts] | None = None,
+        layouts: Callable[[nn.Module], Layouts | None] | None = None,
     ) -> None:
-        if given is policy:
+        # An adapter lies in the modules of the model it was made from, so that one is the policy as well.
+        if given is not None and any(given is module for module in policy.modules()):
             raise ConfigError(
                 "The reference model is the model that is trained, so they would always agree.",
                 mend="Leave the reference out: a frozen copy of the policy's weights is made.",
@@ -79,6 +80,10 @@ class ReferenceModel:
                 layouts=self._layouts,
             )
 
+    def release(self) -> None:
+        """Let go of the model that holds the reference weights."""
+        self.module = self._layouts = None
+
     @contextlib.contextmanager
     def _active(self) -> Iterator[nn.Module]:
         if self.module is not None:
@@ -100,6 +105,9 @@ def _copy_adapter(policy: nn.Module) -> str:
     """A frozen copy of the active adapter under the name "ref"."""
     trained = policy.active_adapter
     policy.add_adapter(REFERENCE_ADAPTER, policy.peft_config[trained])  # type: ignore[operator,index]
+    for name, module in policy.named_modules():
+        if name.endswith(f".{REFERENCE_ADAPTER}"):
+            disable_dropout(module)
     parameters = dict(policy.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -150,12 +150,14 @@ class CoreTrainer(Trainer):
         callbacks += [hooks for hooks in self.hooks.objects.values() if isinstance(hooks, TrainerCallback)]
         callbacks = list(dict.fromkeys(callbacks))
         check_output_dir(args.output_dir)
+        self._check_reference(args, ref_model, adapter=peft_config is not None)
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
 
         set_seed(args.seed)
         policy = self._load_model(model, args)
         tokenizer = self._load_tokenizer(processing_class, policy, args)
         self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
+        self._check_reference(args, ref_model, adapter=is_peft(policy))
         self.terminators = terminators(tokenizer, policy)
         self.pad_token_id: int = tokenizer.pad_token_id
         policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
@@ -244,26 +246,27 @@ class CoreTrainer(Trainer):
         """A micro-batch from dataset rows; here the rows themselves."""
         return as_is(rows)
 
-    def _make_reference(
-        self, policy: nn.Module, args: Any, *, new_adapter: bool, given: Any = None
-    ) -> ReferenceModel | None:
-        uses = args.uses_reference
-        if given is not None and not uses:
+    def _check_reference(self, args: Any, given: Any, *, adapter: bool) -> None:
+        if given is not None and not args.uses_reference:
             raise ConfigError(
                 f"ref_model is given, but {self.composition.name!r} uses no reference with these options.",
                 mend="Leave ref_model out.",
             )
         if getattr(args, "sync_ref_model", False):
-            if not uses:
+            if not args.uses_reference:
                 raise ConfigError(
                     "sync_ref_model=True, but no reference model is used.", mend="Set beta > 0, or leave it off."
                 )
-            if is_peft(policy):
+            if adapter:
                 raise ConfigError(
                     "sync_ref_model=True with an adapter: the reference is the model without it and cannot move.",
                     mend="Leave sync_ref_model off, or train all weights.",
                 )
-        if not uses:
+
+    def _make_reference(
+        self, policy: nn.Module, args: Any, *, new_adapter: bool, given: Any = None
+    ) -> ReferenceModel | None:
+        if not args.uses_reference:
             return None
         if isinstance(given, str):
             given = self._load_model(given, args)
@@ -592,7 +595,11 @@ def rows_for_inspection(rows: TokenRows, tokenizer: Any) -> list[dict[str, Any]]
     prompts = rows.prompt_ids.split(rows.prompt_lengths.tolist())
     completions = rows.completion_ids.split(rows.completion_lengths.tolist())
     found = [
-        {"prompt_ids": prompt.tolist(), "completion_ids": completion.tolist(), "completion": tokenizer.decode(completion)}
+        {
+            "prompt_ids": prompt.tolist(),
+            "completion_ids": completion.tolist(),
+            "completion": tokenizer.decode(completion),
+        }
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     advantages = getattr(rows, "advantages", None)

@@ -121,6 +121,7 @@ class OfflineConfig(CoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.remove_unused_columns = False
         require_choice(self, "truncation_mode", ("keep_start", "keep_end"))
         require(
             self.max_length is None or self.max_length >= 2,
@@ -128,8 +129,9 @@ class OfflineConfig(CoreConfig):
             "Give at least 2, or None for no limit.",
         )
         # A stream is read by every process, which takes its share: rows of different lengths cannot be dealt out.
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches is None:
+            loading.dispatch_batches = False
 
 
 @dataclass

@@ -13,7 +13,7 @@ from itertools import chain, count, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from ..errors import DatasetError
 
@@ -64,6 +64,31 @@ class RepeatStream(IterableDataset[list[Any]]):
                     yield chunk
             if chunk is None:
                 raise _too_few("The stream of train_dataset", len(following), self.prompts)
+
+
+class EndlessStream(IterableDataset[Any]):
+    """A stream row by row, epoch after epoch without end, so that a resumed run skips exactly what it has used.
+
+    Args:
+        dataset: the stream.
+        split: how to call it in messages.
+    """
+
+    def __init__(self, dataset: Any, split: str) -> None:
+        self.dataset, self.split = dataset, split
+
+    def __iter__(self) -> Iterator[Any]:
+        for rows in _epochs(self.dataset):
+            row = None
+            for row in rows:
+                yield row
+            if row is None and get_worker_info() is not None:
+                return  # more workers than parts of the stream
+            if row is None:
+                raise DatasetError(
+                    f"The stream of {self.split} gives no row to train on.",
+                    mend="Check how it was loaded or filtered, and max_length.",
+                )
 
 
 def _epochs(dataset: Any) -> Iterator[Iterator[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from ..data import formats
 from ..data.tokenization import prepare_language
 from ..errors import ConfigError
 from ..models.layout import Layouts
-from ..models.loading import customize_tokenizer
+from ..models.loading import customize_tokenizer, load_tokenizer
 from ..models.logprobs import TokenScores, token_logps
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from .base import CoreTrainer, rows_for_inspection
@@ -111,15 +112,14 @@ class OfflineTrainer(CoreTrainer):
                 formats.check_rows(dataset, split, self.forms, getattr(args, "dataset_text_field", "text"))
 
     def _load_tokenizer(self, given: Any, policy: nn.Module, args: Any) -> Any:
-        tokenizer = super()._load_tokenizer(given, policy, args)
-        customize_tokenizer(
-            tokenizer,
+        customize = functools.partial(
+            customize_tokenizer,
             eos_token=args.eos_token,
             pad_token=args.pad_token,
             chat_template=args.chat_template_path,
             trust_remote_code=args.trust_remote_code,
         )
-        return tokenizer
+        return load_tokenizer(given, policy, args.trust_remote_code, customize)
 
     def prepare_datasets(self, train: Any, evaluation: Any, tokenizer: Any, args: Any) -> tuple[Any, Any]:
         """Tokenise, in every process at the same time; a stream is repeated, for the loop takes it for one epoch."""
@@ -174,7 +174,7 @@ class OfflineTrainer(CoreTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "random" or not isinstance(dataset, Dataset):
-            return super()._get_train_sampler(train_dataset)  # type: ignore[no-untyped-call]
+            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(dataset), int(seed))
 

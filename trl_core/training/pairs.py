@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from ..batch import Pairs, TokenRows
 from ..data.tokenization import cut, prepare_pairs, prepare_ranked
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..models.loading import load_classifier
 from ..models.logprobs import row_scores
 from ..stages.aggregate import pair_mean, per_token
@@ -39,10 +39,14 @@ class PairTrainer(OfflineTrainer):
     """
 
     forms: ClassVar[tuple[str, ...]] = ("preference",)
+    tokenised: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids")
+    reference_released = False
+    """Whether there is no reference any more for rows it has not scored."""
 
-    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, *more: Any, **arguments: Any) -> None:
-        self.ref_logps: dict[str, list[Tensor]] = {}
-        super().__init__(model, args, *more, ref_model=ref_model, **arguments)
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **arguments: Any) -> None:
+        # By dataset; flat, for the state of the run is asked for before each step.
+        self.ref_logps: dict[str, dict[str, Tensor]] = {}
+        super().__init__(model, args, ref_model=ref_model, **arguments)
 
     # -- data -----------------------------------------------------------------------------------------------------
     def tokenize(self, dataset: Any, split: str, tokenizer: Any, args: Any) -> Any:
@@ -87,25 +91,27 @@ class PairTrainer(OfflineTrainer):
 
         A resumed run takes the values from the checkpoint: its model may not be the one the first run started from.
         """
-        if not self.args.precompute_ref_log_probs or self.ref_logps:
+        if not self.args.precompute_ref_log_probs or self.reference is None or self.ref_logps:
             return
         if self._resume is not None:
-            saved = read_state(*self._resume)["ref_logps"]
-            self.ref_logps = {split: list(flat.split(sizes)) for split, (flat, sizes) in _unpacked(saved).items()}
-        datasets = self._named_datasets()
-        for split, dataset in datasets.items():
+            self.ref_logps = read_state(*self._resume)["ref_logps"]
+        for split, dataset in self._named_datasets().items():
             if split not in self.ref_logps:
                 self.ref_logps[split] = self._reference_pass(dataset)
-            columns = zip(_REF_COLUMNS, (0, 1), strict=True)
-            for name, side in columns:
-                values = [row.numpy() for row in self.ref_logps[split][side::2]]
-                dataset = dataset.add_column(name, values)  # noqa: PLW2901
+            saved = self.ref_logps[split]
+            rows = saved["logps"].split(saved["lengths"].tolist())
+            if len(rows) != 2 * len(dataset):
+                raise CheckpointError(
+                    f"The checkpoint has the reference's log-probabilities of {len(rows) // 2} pairs; the dataset "
+                    f"has {len(dataset)}.",
+                    mend="Resume with the dataset the run was started with.",
+                )
+            for side, name in enumerate(_REF_COLUMNS):
+                dataset = dataset.add_column(name, [row.numpy() for row in rows[side::2]])
             self._set_dataset(split, dataset)
-        assert self.reference is not None
-        self.reference.module = None
-        self.reference_released = True
-
-    reference_released = False
+        if self.reference.module is not None:
+            self.reference.release()
+            self.reference_released = True
 
     def _named_datasets(self) -> dict[str, Any]:
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
@@ -121,8 +127,8 @@ class PairTrainer(OfflineTrainer):
             self.eval_dataset[split.removeprefix("eval:")] = dataset  # type: ignore[index]
 
     @torch.no_grad()
-    def _reference_pass(self, dataset: Any) -> list[Tensor]:
-        """Per row (two for each pair) the log-probabilities of its loss tokens; each process scores its share."""
+    def _reference_pass(self, dataset: Any) -> dict[str, Tensor]:
+        """The log-probabilities of all loss tokens, and how many each row has; each process scores its share."""
         size = self.rows_per_forward // 2
         starts = list(range(0, len(dataset), size))
         mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -133,7 +139,8 @@ class PairTrainer(OfflineTrainer):
             logps = self.hooks.call.reference_logps(samples=pairs).float()
             found[start] = list(logps.cpu().split(pairs.lengths.tolist()))
         everywhere = {start: rows for part in gather_object([found]) for start, rows in part.items()}
-        return [row for start in starts for row in everywhere[start]]
+        rows = [row for start in starts for row in everywhere[start]]
+        return {"logps": torch.cat(rows), "lengths": torch.tensor([row.numel() for row in rows])}
 
     def get_train_dataloader(self) -> Any:
         """As in `transformers.Trainer`."""
@@ -142,12 +149,14 @@ class PairTrainer(OfflineTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`; a dataset that is given here is tokenised."""
-        if self.reference_released and isinstance(eval_dataset, Dataset):
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None  # what the loop passes; it is about to get its columns
+        self._precompute()
+        if self.reference_released and isinstance(eval_dataset, Dataset | IterableDataset):
             raise ConfigError(
                 "evaluate() got a new dataset, but the reference is gone: precompute_ref_log_probs=True let go of it.",
                 mend="Pass the dataset as eval_dataset when the trainer is made.",
             )
-        self._precompute()
         return super().get_eval_dataloader(eval_dataset)
 
     def _reference_logps(self, pairs: Pairs) -> Tensor | None:
@@ -157,7 +166,8 @@ class PairTrainer(OfflineTrainer):
             return pairs.ref_logps
         with torch.no_grad():
             logps = self.hooks.call.reference_logps(samples=pairs)
-        return per_token("reference_logps", logps, pairs.completion_ids[pairs.loss_mask]).float()
+        checked: Tensor = per_token("reference_logps", logps, pairs.completion_ids[pairs.loss_mask])
+        return checked.float()
 
     # -- loss -----------------------------------------------------------------------------------------------------
     def batch_loss(self, model: Any, rows: Pairs, accumulation: int) -> tuple[Tensor, Any]:
@@ -180,11 +190,7 @@ class PairTrainer(OfflineTrainer):
     # -- state ----------------------------------------------------------------------------------------------------
     def state_of_run(self) -> dict[str, Any]:
         """Also the reference's log-probabilities, where they were computed before training."""
-        saved = {
-            split: {"logps": torch.cat(rows), "lengths": torch.tensor([row.numel() for row in rows])}
-            for split, rows in self.ref_logps.items()
-        }
-        return super().state_of_run() | {"ref_logps": saved}
+        return super().state_of_run() | {"ref_logps": self.ref_logps}
 
 
 class ScoreTrainer(OfflineTrainer):
@@ -201,6 +207,7 @@ class ScoreTrainer(OfflineTrainer):
     """
 
     forms: ClassVar[tuple[str, ...]] = ("preference",)
+    tokenised: ClassVar[tuple[str, ...]] = ("chosen_ids", "rejected_ids")
     new_head = "score"
 
     def _load_model(self, model: Any, args: Any) -> nn.Module:
@@ -227,17 +234,15 @@ class ScoreTrainer(OfflineTrainer):
             logger.info("The reward model pads with %r, since its pad token was the terminator.", others[0])
         else:
             logger.warning(
-                "The pad token is the terminator %r, and there is no other special token. Training is not affected, but "
-                "transformers will read batched scores before the terminator; set pad_token.",
+                "The pad token is the terminator %r, and there is no other special token. Training is not affected, "
+                "but transformers will read batched scores before the terminator; set pad_token.",
                 tokenizer.eos_token,
             )
 
     # -- data -----------------------------------------------------------------------------------------------------
     def tokenize(self, dataset: Any, split: str, tokenizer: Any, args: Any) -> Any:
         """Rows of `chosen_ids` and `rejected_ids`; those that are too long are left out."""
-        return prepare_ranked(
-            dataset, split, tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc
-        )
+        return prepare_ranked(dataset, split, tokenizer, max_length=args.max_length, num_proc=args.dataset_num_proc)
 
     def collate(self, rows: list[dict[str, Any]]) -> Pairs:
         """Pairs whose prompt is the tokens that both rows start with."""
@@ -276,7 +281,3 @@ def _pairs(prompts: list[list[int]], completions: list[list[int]], rows: list[di
     margins = [row.get("margin") for row in rows for _ in range(2)]
     margin = None if None in margins else torch.tensor(margins, dtype=torch.float32)
     return Pairs.from_lists(prompts, completions, group=groups, margin=margin)
-
-
-def _unpacked(saved: dict[str, Any]) -> dict[str, tuple[Tensor, list[int]]]:
-    return {split: (entry["logps"], entry["lengths"].tolist()) for split, entry in saved.items()}
