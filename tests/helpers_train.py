@@ -135,7 +135,7 @@ KILLED = (
 
 def kill_at(trainer: Any, where: str) -> None:
     """Let the process be killed, without any clean-up, at one of the moments `KILLED`."""
-    from trl_core.training import base, state
+    from trl_core.training import checkpoints, state
 
     def now() -> bool:
         return trainer.state.global_step == 4
@@ -158,9 +158,9 @@ def kill_at(trainer: Any, where: str) -> None:
     elif where == "in_save_half_optimizer":
         before(torch, "save", half)
     elif where == "in_save_before_reference":
-        before(base, "save_file")
+        before(checkpoints, "save_file")
     elif where == "in_save_before_state":
-        before(base, "write_tensors")
+        before(checkpoints, "write_tensors")
     elif where == "in_save_before_manifest":
         before(state.os, "replace")
     else:

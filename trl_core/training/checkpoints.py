@@ -1,0 +1,243 @@
+"""Trainers whose runs can be stopped at any moment: state, checkpoints, resume, and who trained what."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..composition import Composition, Hooks
+from ..discovery import core_version
+from ..errors import CheckpointError
+from ..models.reference import ReferenceModel
+from .metrics import Metrics
+from .state import (
+    check_origin,
+    join_tensors,
+    newest_complete,
+    read_manifest,
+    read_state,
+    rotate,
+    write_manifest,
+    write_tensors,
+)
+
+logger = logging.getLogger(__name__)
+REFERENCE_FILE = "reference.safetensors"
+_COMPARED_ON_RESUME = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
+
+
+class CheckpointedTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints also hold the state of hooks, reference and data, and their origin."""
+
+    composition: ClassVar[Composition]
+    args: Any
+    model: Any
+    processing_class: Any
+    hooks: Hooks
+    metrics: Metrics
+    reference: ReferenceModel | None
+
+    _resume: tuple[str, dict[str, Any]] | None = None
+    """Folder and record of the checkpoint that is being resumed."""
+    _saved_step: int | None = None
+    _before: Any = None
+    failed_everywhere = False
+    """Whether all processes are known to have failed, so that all can take part in saving."""
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def state_of_run(self) -> dict[str, Any]:
+        """State beyond model, optimizer, scheduler and random numbers: nested dicts of tensors and JSON values."""
+        return {"hooks": self.hooks.state_dict()}
+
+    def load_state_of_run(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_of_run`."""
+        self.hooks.load_state_dict(state["hooks"])
+
+    def resume_options(self) -> dict[str, Any]:
+        """The options a resumed run must share with the one that wrote the checkpoint."""
+        common = {f.name for f in dataclasses.fields(TrainingArguments)}
+        own = [
+            f.name
+            for f in dataclasses.fields(self.args)
+            if f.metadata.get("resume", True) and (f.name not in common or f.name in _COMPARED_ON_RESUME)
+        ]
+        return {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
+
+    def before_step(self) -> None:
+        """Note the state at the start of an optimizer step, to which a failure in it goes back.
+
+        Containers are copied; tensors are not, so hooks must not change those of their state within a step.
+        """
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        rng = (random.getstate(), numpy.random.get_state(), torch.get_rng_state(), devices)
+        self._before = (join_tensors(self.state_of_run(), {}), rng)
+
+    @contextlib.contextmanager
+    def rescued(self) -> Iterator[None]:
+        """Save a checkpoint as of the start of the step if the block fails, so that nothing trained is lost."""
+        self.failed_everywhere = self.accelerator.num_processes == 1
+        try:
+            yield
+        except Exception:
+            self._rescue()
+            raise
+
+    def _rescue(self) -> None:
+        state, (python, numpys, cpu, devices) = self._before
+        random.setstate(python)
+        numpy.random.set_state(numpys)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(devices)
+        self.load_state_of_run(state)
+        if self.state.global_step == 0 or not self.failed_everywhere:
+            return  # nothing is trained yet, or the other processes are not here to take part
+        self.model.zero_grad()
+        try:
+            self._save_checkpoint(self.model_wrapped, None)
+            logger.error("The run stops; checkpoint-%d is saved.", self.state.global_step)
+        except Exception:
+            logger.exception("No checkpoint could be saved.")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.state.global_step == self._saved_step:
+            return  # writing it again would leave the run without it for a while
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints go only after this one is known to be complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.reference is not None and self.reference.module is not None:
+                weights = self.accelerator.unwrap_model(self.reference.module).state_dict()
+                save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / REFERENCE_FILE)
+            plain = write_tensors(folder, self.state_of_run())
+            record = {
+                "trl_core": core_version(),
+                "composition": self.composition.provenance(),
+                "options": json.loads(json.dumps(self.resume_options(), default=str)),
+                "state": plain,
+                "save_only_model": self.args.save_only_model,
+            }
+            write_manifest(folder, record)
+            rotate(folder, limit, self.state.best_model_checkpoint)
+        self._saved_step = self.state.global_step
+        self.accelerator.wait_for_everyone()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; see `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest complete one in `output_dir`.
+            trial: as in `transformers.Trainer.train`.
+            ignore_keys_for_eval: likewise.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint, or it is from another algorithm or other options.
+        """
+        self._resume = self._saved_step = None
+        self.metrics = Metrics()
+        if resume_from_checkpoint:
+            folder = self._find_checkpoint(resume_from_checkpoint)
+            record = read_manifest(folder)
+            if record.get("save_only_model"):
+                raise CheckpointError(
+                    f"{folder.name} holds no optimizer state: it was written with save_only_model=True.",
+                    mend="Start a new run from its weights: pass the folder as `model`.",
+                )
+            difference = check_origin(record, self.composition.provenance(), self.resume_options())
+            if difference and self.args.resume_check == "strict":
+                raise CheckpointError(
+                    f"{folder.name} was written with other options ({difference}).",
+                    mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
+                )
+            if difference:
+                logger.warning("Resuming %s with other options: %s.", folder.name, difference)
+            self._resume = (str(folder), record)
+            resume_from_checkpoint = str(folder)
+            if folder.resolve().parent == Path(self.args.output_dir).resolve():
+                self._saved_step = int(folder.name.rpartition("-")[2])
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+
+    def _find_checkpoint(self, given: str | bool) -> Path:
+        if given is not True:
+            return Path(str(given))
+        newest = newest_complete(self.args.output_dir)
+        if newest is None:
+            raise CheckpointError(
+                f"There is no complete checkpoint in {self.args.output_dir!r}.",
+                mend="Start without resume_from_checkpoint, or point it to a checkpoint folder.",
+            )
+        return newest
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self._resume is not None:
+            folder, record = self._resume
+            self.load_state_of_run(read_state(folder, record))
+            if self.reference is not None and self.reference.module is not None:
+                weights = load_file(Path(folder) / REFERENCE_FILE)
+                self.accelerator.unwrap_model(self.reference.module).load_state_dict(weights)
+        return prepared
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            # The loop pickles its arguments; nothing reads them, and they are kept as JSON instead.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string())
+            (folder / "README.md").write_text(self.model_card())
+
+    # -- provenance -----------------------------------------------------------------------------------------------
+    def model_card(self) -> str:
+        """A model card that records what trained the model."""
+        base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""
+        lines = ["---", "library_name: transformers", "tags: [trl-core, " + ", ".join(self._names()) + "]", "---", ""]
+        lines += [f"# Trained with trl-core: {self.composition.name}", ""]
+        # A local folder is nobody else's business.
+        lines += [f"Base model: `{base}`" if base and not os.path.exists(base) else "Base model: a local one", ""]
+        lines += [
+            "| order | algorithm | distribution | version | stability |",
+            "|---|---|---|---|---|",
+        ]
+        for order, part in enumerate(self.composition.provenance()):
+            row = (str(order), part["algorithm"], part["distribution"], part["version"], part["stability"])
+            lines.append("| " + " | ".join(row) + " |")
+        options = json.dumps(self.resume_options(), indent=1, default=str)
+        lines += ["", f"trl-core {core_version()}. Options:", "", "```json", options, "```", ""]
+        return "\n".join(lines)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of `model_card` into `output_dir`."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, "README.md").write_text(self.model_card())
+
+    def _names(self) -> list[str]:
+        return [part["algorithm"] for part in self.composition.provenance()]
