@@ -287,6 +287,8 @@ def test_datasets_of_a_yaml_file_are_loaded(lines, rows, evaluated, passed, mixt
     assert len(got.train_dataset) == rows or (rows is None and len(got.train_dataset) >= 8)
     assert (None if got.eval_dataset is None else len(got.eval_dataset)) == evaluated
     assert got.train_dataset.column_names == ["prompt", "chosen", "rejected"]
+    # Rows that are named for evaluation are evaluated.
+    assert got.args.eval_strategy == ("no" if evaluated is None else "epoch")
 
 
 @pytest.mark.parametrize(

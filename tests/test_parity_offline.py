@@ -83,14 +83,17 @@ def run(case, models, folder, **options):
 
 
 class _Watch(TrainerCallback):
-    """Copies the reference's weights at the end of each step, after all hooks."""
+    """Copies the weights of the reference, and of its average, at the end of each step, after all hooks."""
 
     def __init__(self, trainer, copies):
         self.trainer, self.copies = trainer, copies
 
     def on_step_end(self, *_, **__):
-        weights = self.trainer.reference.module.named_parameters()
-        self.copies.append({name: value.detach().clone() for name, value in weights})
+        weights = {"ref_params": self.trainer.reference.module.named_parameters()}
+        if "bema" in self.trainer.hooks.objects:
+            weights["bema_running_params"] = self.trainer.hooks.objects["bema"].copies["published"].items()
+        copies = {kind: {name: value.detach().clone() for name, value in of} for kind, of in weights.items()}
+        self.copies.append(copies)
 
 
 def differing_references(result):
@@ -98,8 +101,10 @@ def differing_references(result):
     expected = result.data["expected"].get("ref_over_steps", [])
     assert len(expected) == len(result.references)
     for step, weights in zip(expected, result.references, strict=True):
-        differing = differing_weights(weights, result.start, step["ref_params"], noise_of(result))
-        found += [(step["step"], *entry) for entry in differing]
+        assert set(weights) == set(step) - {"step"}
+        for kind, of in weights.items():
+            differing = differing_weights(of, result.start, step[kind], noise_of(result))
+            found += [(step["step"], kind, *entry) for entry in differing]
     return found
 
 

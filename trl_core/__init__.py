@@ -15,6 +15,7 @@ _HOMES = {
     "AlgorithmInfo": "discovery",
     "Generated": "batch",
     "HookContext": "hookspecs",
+    "JsonlMetricsCallback": "training.callbacks",
     "OfflineConfig": "training.config",
     "OfflineTrainer": "training.offline",
     "OnlineConfig": "training.config",
@@ -29,6 +30,7 @@ _HOMES = {
     "Texts": "batch",
     "TokenRows": "batch",
     "Stability": "stability",
+    "StepLineCallback": "training.callbacks",
     "get_config": "composition",
     "get_trainer": "composition",
     "hookimpl": "hookspecs",
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from .options import require as require
     from .options import require_choice as require_choice
     from .stability import Stability as Stability
+    from .training.callbacks import JsonlMetricsCallback as JsonlMetricsCallback
+    from .training.callbacks import StepLineCallback as StepLineCallback
     from .training.config import OfflineConfig as OfflineConfig
     from .training.config import OnlineConfig as OnlineConfig
     from .training.config import PairConfig as PairConfig

@@ -28,7 +28,7 @@ from task import DEFAULT_TASK, TASKS, correct, make_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from trl_core.training.callbacks import JsonlMetricsCallback, StepLineCallback
+from trl_core import JsonlMetricsCallback, StepLineCallback
 from trl_gfpo import GFPOConfig, GFPOTrainer
 
 matplotlib.use("Agg")

@@ -41,7 +41,9 @@ class RunOptions:
     )
     stopping_strategy: str | None = option(None, "With weights: first_exhausted (the default) or all_exhausted.")
     streaming: bool = option(False, "Read the rows while training, not before.")
-    eval_dataset: str | None = option(None, "As dataset, for evaluation.")
+    eval_dataset: str | None = option(
+        None, "As dataset, for evaluation, after each epoch unless eval_strategy says otherwise."
+    )
     test_split_size: int | float | None = option(None, "Rows, or the part of them, to set aside for evaluation.")
     reward_funcs: list[str] | None = option(
         None, "module:function or path/to/file.py:function, or folder or Hub id (owner/name) of a classifier."
@@ -248,7 +250,9 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
         extra["reward_funcs"] = [_reward(spec) for spec in values["reward_funcs"]]
     if values.get("peft") is not None:
         extra["peft_config"] = _adapter(values["peft"], "SEQ_CLS" if trainer_class.new_head == "score" else "CAUSAL_LM")
-    options = {"output_dir": f"{composition.name.replace('+', '-')}-output", **options}
+    # Who names rows for evaluation wants one; transformers would never make it.
+    evaluates = {"eval_strategy": "epoch"} if values.get("eval_dataset") or values.get("test_split_size") else {}
+    options = {"output_dir": f"{composition.name.replace('+', '-')}-output", **evaluates, **options}
     try:
         config = composition.config_class(**options | {"report_to": options.get("report_to") or "none"})
     except ConfigError:

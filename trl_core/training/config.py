@@ -59,6 +59,8 @@ class CoreConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
         elif self.bf16 and not torch.cuda.is_available():
             logger.warning("bf16=True on a CPU without AMX or AVX-512 is extremely slow; float32 is the default there.")
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch would warn that there is nothing to pin for
         # Both spellings are known; transformers warns about the older one, which is the one users of TRL write.
         if self.activation_checkpointing is None:
             older = self.gradient_checkpointing
