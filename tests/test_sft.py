@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from trl_core import SFTConfig, SFTTrainer
-from trl_core.errors import NonFiniteLossError
+from trl_core.errors import ConfigError, NonFiniteLossError
 from trl_core.models.layout import PACKED, PADDED
 from trl_core.testing import tiny_model
 
@@ -421,14 +421,22 @@ def mixture(**options):
     return seeded(lambda: MixtralForCausalLM(config))
 
 
-def test_router_of_a_mixture_of_experts_gets_its_loss(tmp_path):
-    plain = trained(tmp_path, trainer={"model": mixture})
-    balanced = trained(tmp_path, trainer={"model": lambda: mixture(output_router_logits=True)})
+@pytest.mark.parametrize("given", [None, 0.2])
+def test_router_of_a_mixture_of_experts_gets_its_loss(given, tmp_path):
+    plain = trained(tmp_path, trainer={"model": mixture}, router_aux_loss_coef=0.0)
+    balanced = trained(tmp_path, trainer={"model": mixture}, router_aux_loss_coef=given)
     (line,) = lines(balanced)
-    assert line["loss"] == pytest.approx(losses(plain)[0] + 0.5 * line["aux_loss"], abs=1e-5)
+    coefficient = 0.5 if given is None else given  # the model's own
+    assert line["loss"] == pytest.approx(losses(plain)[0] + coefficient * line["aux_loss"], abs=1e-5)
+    assert "aux_loss" not in lines(plain)[0]
     gate = next(name for name in balanced.model.state_dict() if "gate.weight" in name)
     assert not torch.equal(balanced.model.state_dict()[gate], plain.model.state_dict()[gate])
     assert balanced.evaluate(texts())["eval_aux_loss"] > 0
+
+
+def test_router_loss_of_a_model_without_experts_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="router_aux_loss_coef=0.1, but there is no such loss"):
+        trained(tmp_path, router_aux_loss_coef=0.1)
 
 
 def spoiled(folder, how):

@@ -107,13 +107,18 @@ class OfflineConfig(CoreConfig):
         "rows beside each other never attend to each other either way.",
         resume=False,
     )
-    pad_to_multiple_of: int | None = option(None, "Round the length of the lines up to a multiple.", resume=False)
+    pad_to_multiple_of: int | str | None = option(
+        None, "Round the length of the lines up to a multiple; TRL's 'auto' is None.", resume=False
+    )
     share_prompts: bool = option(
         True,
         "Send the prompt that several rows share through the model once, where that is exact; False never does.",
         resume=False,
     )
     dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", resume=False)
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of the load-balancing loss of a mixture of experts; default: the model's own; 0 leaves it out."
+    )
     activation_offloading: bool = option(False, "Keep activations in host memory until the backward.", resume=False)
     eos_token: str | None = option(None, "End-of-sequence token; default: the tokenizer's.")
     pad_token: str | None = option(None, "Padding token; default: the tokenizer's, else its end-of-sequence token.")
@@ -124,6 +129,8 @@ class OfflineConfig(CoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
         require_choice(self, "truncation_mode", ("keep_start", "keep_end"))
         require(
             self.max_length is None or self.max_length >= 2,

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..models.layout import Layouts
 from ..models.loading import customize_tokenizer, load_tokenizer
 from ..models.logprobs import TokenScores, token_logps
+from ..options import require
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from .base import CoreTrainer, rows_for_inspection
 from .loader import EndlessStream, permutation
@@ -98,6 +99,12 @@ class OfflineTrainer(CoreTrainer):
             arguments=arguments,
         )
         self.layouts = self._make_layouts(self.model)
+        require(
+            not self.args.router_aux_loss_coef or self._router_coefficient() != 0.0,
+            f"router_aux_loss_coef={self.args.router_aux_loss_coef}, but there is no such loss: the model is no mixture of "
+            "experts, or a classifier.",
+            "Leave it out.",
+        )
 
     # -- data -----------------------------------------------------------------------------------------------------
     def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
@@ -237,6 +244,13 @@ class OfflineTrainer(CoreTrainer):
     @property
     def _offloads(self) -> bool:
         return bool(self.args.activation_offloading) and self.args.device.type == "cuda" and self.context.training
+
+    def _router_coefficient(self) -> float:
+        config = self.accelerator.unwrap_model(self.model).config
+        if not hasattr(config, "output_router_logits"):
+            return 0.0
+        given = self.args.router_aux_loss_coef
+        return float((getattr(config, "router_aux_loss_coef", None) or 0.0) if given is None else given)
 
     def score(self, model: Any, rows: TokenRows, *statistics: str) -> TokenScores:
         """Log-probabilities of a micro-batch's loss tokens, in the layout with the fewest tokens that is exact."""

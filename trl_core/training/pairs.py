@@ -239,6 +239,9 @@ class ScoreTrainer(OfflineTrainer):
                 tokenizer.eos_token,
             )
 
+    def _router_coefficient(self) -> float:
+        return 0.0  # classifiers of transformers do not give that loss
+
     # -- data -----------------------------------------------------------------------------------------------------
     def tokenize(self, dataset: Any, split: str, tokenizer: Any, args: Any) -> Any:
         """Rows of `chosen_ids` and `rejected_ids`; those that are too long are left out."""
