@@ -435,7 +435,7 @@ def test_router_of_a_mixture_of_experts_gets_its_loss(given, tmp_path):
 
 
 def test_router_loss_of_a_model_without_experts_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="router_aux_loss_coef=0.1, but there is no such loss"):
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef=0\.1, but there is no such loss"):
         trained(tmp_path, router_aux_loss_coef=0.1)
 
 
