@@ -101,8 +101,8 @@ class OfflineTrainer(CoreTrainer):
         self.layouts = self._make_layouts(self.model)
         require(
             not self.args.router_aux_loss_coef or self._router_coefficient() != 0.0,
-            f"router_aux_loss_coef={self.args.router_aux_loss_coef}, but there is no such loss: the model is no mixture "
-            "of experts, or a classifier.",
+            f"router_aux_loss_coef={self.args.router_aux_loss_coef}, but there is no such loss: the model is no "
+            "mixture of experts, or a classifier.",
             "Leave it out.",
         )
 
