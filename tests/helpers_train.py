@@ -6,6 +6,8 @@ import copy
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +241,16 @@ def make_fixed_trainer(folder: Path | str, name: str, processes: int) -> tuple[A
     backend.generations = fixed_rollouts(1 if evaluate == 1 else 8, logps=True).generations
     metrics = made.evaluate(prompt_dataset(prompts))
     return made, {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}
+
+
+def run_in_two(script: Path, folder: Path) -> tuple[int, str]:
+    """Run a script in two processes that train together; the exit code and the error output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    with open(folder / "stderr", "w+") as errors:
+        job = subprocess.Popen([*command, str(folder)], stderr=errors, start_new_session=True)
+        try:
+            code = job.wait(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            raise
+    return code, (folder / "stderr").read_text()

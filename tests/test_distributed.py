@@ -3,10 +3,6 @@
 import functools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,23 +10,14 @@ import torch
 
 from trl_core.testing import tiny_model
 
-from .helpers_train import FIXED, differences, end_state, make_fixed_trainer
+from .helpers_train import FIXED, differences, end_state, make_fixed_trainer, run_in_two
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Two processes that have run the script: the folder they wrote to, the exit code and the error output."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("script_distributed.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    with open(folder / "stderr", "w+") as errors:
-        job = subprocess.Popen([*command, str(folder)], stderr=errors, start_new_session=True)
-        try:
-            code = job.wait(timeout=240)
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            raise
-    return folder, code, (folder / "stderr").read_text()
+    return folder, *run_in_two(Path(__file__).with_name("script_distributed.py"), folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,20 @@
 """SFT, reward models and DPO: two processes train as one does on the same rows."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from .helpers_offline import FIXED, lines, make_fixed_trainer
-from .helpers_train import CLOCKS, differences
+from .helpers_train import CLOCKS, differences, run_in_two
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The ends of all scenarios in two processes, by name."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("script_distributed_offline.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    with open(folder / "stderr", "w+") as errors:
-        job = subprocess.Popen([*command, str(folder)], stderr=errors, start_new_session=True)
-        try:
-            code = job.wait(timeout=240)
-        except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)
-            raise
-    assert code == 0, (folder / "stderr").read_text()[-6000:]
+    code, errors = run_in_two(Path(__file__).with_name("script_distributed_offline.py"), folder)
+    assert code == 0, errors[-6000:]
     return torch.load(folder / "ends.pt", weights_only=False)
 
 

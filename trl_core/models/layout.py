@@ -229,10 +229,7 @@ class Layouts:
 
     @property
     def _config(self) -> Any:
-        inner: Any = self.model
-        while not hasattr(inner, "config") and hasattr(inner, "module"):
-            inner = inner.module
-        config: Any = getattr(inner, "config", None)
+        config: Any = getattr(_unwrapped(self.model, "config"), "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
@@ -297,11 +294,16 @@ def token_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def _unwrapped(model: Any, attribute: str) -> Any:
+    """What is inside the wrappers of a model that hide the attribute."""
+    while not hasattr(model, attribute) and hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that turns hidden states into logits or scores, or None if it is not known."""
-    inner: Any = model
-    while not hasattr(inner, "get_output_embeddings") and hasattr(inner, "module"):
-        inner = inner.module
+    inner = _unwrapped(model, "get_output_embeddings")
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     head = getattr(inner, "score", None) if head is None else head
     return head if isinstance(head, nn.Module) else None

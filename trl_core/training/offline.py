@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -24,8 +23,6 @@ from ..options import require
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from .base import CoreTrainer, rows_for_inspection
 from .loader import EndlessStream, permutation
-
-logger = logging.getLogger(__name__)
 
 
 class EpochSampler(Sampler[int]):

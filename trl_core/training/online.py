@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,8 +23,6 @@ from .config import as_dict
 from .loader import PromptLoader, SparePrompts, as_is, permutation, prompt_loader
 from .metrics import rollout_metrics
 from .rollout import RolloutSteps, checked
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from ..batch import Pairs, TokenRows
+from ..data.formats import common_prefix
 from ..data.tokenization import cut, prepare_pairs, prepare_ranked
 from ..errors import CheckpointError, ConfigError
 from ..models.loading import load_classifier
@@ -23,7 +24,17 @@ logger = logging.getLogger(__name__)
 _REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class PairTrainer(OfflineTrainer):
+class _OnPairs(OfflineTrainer):
+    """What trainers of pairs share."""
+
+    forms: ClassVar[tuple[str, ...]] = ("preference",)
+
+    def loss_weight(self, rows: TokenRows) -> float:
+        """A micro-batch counts by its pairs."""
+        return rows.num_rows / 2
+
+
+class PairTrainer(_OnPairs):
     """Preference optimisation of a language model.
 
     Takes the arguments TRL's users know; see `CoreTrainer` for the common ones.
@@ -38,7 +49,6 @@ class PairTrainer(OfflineTrainer):
     have in common.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("preference",)
     tokenised: ClassVar[tuple[str, ...]] = ("prompt_ids", "chosen_ids", "rejected_ids")
     reference_released = False
     """Whether there is no reference any more for rows it has not scored."""
@@ -183,17 +193,13 @@ class PairTrainer(OfflineTrainer):
         self._record("mean_token_accuracy", scores.statistics["accuracy"][chosen].mean(), int(chosen.sum()))
         return pair_mean(losses, accumulation), scores.output
 
-    def loss_weight(self, rows: TokenRows) -> float:
-        """A micro-batch counts by its pairs."""
-        return rows.num_rows / 2
-
     # -- state ----------------------------------------------------------------------------------------------------
     def state_of_run(self) -> dict[str, Any]:
         """Also the reference's log-probabilities, where they were computed before training."""
         return super().state_of_run() | {"ref_logps": self.ref_logps}
 
 
-class ScoreTrainer(OfflineTrainer):
+class ScoreTrainer(_OnPairs):
     """Training of a reward model: a sequence classifier with one output, read at the last token.
 
     Takes the arguments TRL's users know; see `CoreTrainer` for the common ones.
@@ -206,7 +212,6 @@ class ScoreTrainer(OfflineTrainer):
     there is one, says by how much the preferred completion is to be ahead.
     """
 
-    forms: ClassVar[tuple[str, ...]] = ("preference",)
     tokenised: ClassVar[tuple[str, ...]] = ("chosen_ids", "rejected_ids")
     new_head = "score"
 
@@ -253,9 +258,7 @@ class ScoreTrainer(OfflineTrainer):
         for row in rows:
             sides = row["chosen_ids"], row["rejected_ids"]
             # Each side keeps a token of its own, whose score it is.
-            shared, limit = 0, min(map(len, sides)) - 1
-            while shared < limit and sides[0][shared] == sides[1][shared]:
-                shared += 1
+            shared = max(min(common_prefix(*sides), *(len(side) - 1 for side in sides)), 0)
             prompts += [side[:shared] for side in sides]
             completions += [side[shared:] for side in sides]
         return _pairs(prompts, completions, rows)
@@ -273,10 +276,6 @@ class ScoreTrainer(OfflineTrainer):
         self._record("accuracy", (chosen > rejected).float().mean(), rows.num_pairs)
         self._record("margin", (chosen - rejected).mean(), rows.num_pairs)
         return pair_mean(losses, accumulation), output
-
-    def loss_weight(self, rows: TokenRows) -> float:
-        """A micro-batch counts by its pairs."""
-        return rows.num_rows / 2
 
 
 def _pairs(prompts: list[list[int]], completions: list[list[int]], rows: list[dict[str, Any]]) -> Pairs:
