@@ -30,6 +30,7 @@ def make_rows(lengths: Sequence[int], group: Sequence[int] | None = None, **fiel
         "group": torch.tensor(group if group is not None else [0] * rows),
         "position": torch.arange(rows),
         "reward": torch.zeros(rows),
+        "generation": torch.zeros(rows, dtype=torch.long),
         "advantages": None,
         **fields,
     }

@@ -79,6 +79,17 @@ def test_row_without_terminator_loses_only_padding():
     assert cut(torch.tensor([[7, 2, 8, 2, 2]]), (1,), 2) == [[7, 2, 8]]
 
 
+def test_nothing_ends_a_row_where_no_terminator_is_given():
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.generation_config.eos_token_id = list(range(200))  # nearly every token would end it
+    endless = Sampling(max_new_tokens=5, pad_token_id=2)
+    rows = generate(model, prompts([5, 6], [7]), endless).completion_ids
+    assert [len(row) for row in rows] == [5, 5]
+    assert model.generation_config.eos_token_id == list(range(200))
+    assert cut(torch.tensor([[5, 1, 2, 2]]), (), 2) == [[5, 1, 2, 2]]  # the pad token too was sampled
+
+
 def test_sampling_follows_the_distribution():
     # Chi-square over the four likeliest tokens of a known distribution, 2,000 draws.
     model = tiny_model(initializer_range=0.5)

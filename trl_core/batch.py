@@ -16,7 +16,7 @@ Nothing here is padded, so no hook ever needs a mask: a `(T,)` tensor holds the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 import torch
@@ -25,11 +25,10 @@ from torch import Tensor
 from .errors import HookResultError
 
 
-def _axis(name: str, *, default: Any = None, optional: bool = False) -> Any:
+def _axis(name: str, *, optional: bool = False, default_factory: Any = MISSING) -> Any:
     """Field whose first dimension is `name`: "row" (N), "prompt" (Q), "completion" (C) or "loss" (T)."""
-    if optional:
-        return field(default=default, metadata={"axis": name})
-    return field(metadata={"axis": name})
+    default = None if optional else MISSING
+    return field(default=default, default_factory=default_factory, metadata={"axis": name})
 
 
 def _ragged_index(lengths: Tensor, rows: Tensor) -> Tensor:
@@ -61,6 +60,9 @@ class TokenRows:
     """(C,) bool, which completion tokens enter the loss."""
     group: Tensor = _axis("row")
     """(N,) int64, number of the prompt in the generation batch; rows of a group are adjacent."""
+    notes: dict[str, Tensor] = _axis("loss", default_factory=dict)
+    """(T,) each, by name: what hooks find out about the loss tokens and want to find again, such as the values a critic
+    gives. Notes stay with their rows through selection, replay, micro-batches and checkpoints."""
 
     @classmethod
     def from_lists(
@@ -183,8 +185,9 @@ class TokenRows:
         chosen: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, Tensor) and "axis" in f.metadata:
-                value = value[_ragged_index(self._lengths_on(f.metadata["axis"]), rows)]
+            if isinstance(value, Tensor | dict) and "axis" in f.metadata:
+                entries = _ragged_index(self._lengths_on(f.metadata["axis"]), rows)
+                value = value[entries] if isinstance(value, Tensor) else {k: v[entries] for k, v in value.items()}
             elif isinstance(value, list):
                 value = [value[i] for i in rows.tolist()]
             elif isinstance(value, dict):
@@ -211,6 +214,13 @@ class TokenRows:
                 joined[f.name] = torch.cat(values)
             elif isinstance(values[0], list):
                 joined[f.name] = [item for value in values for item in value]
+            elif isinstance(values[0], dict) and "axis" in f.metadata:
+                if any(value.keys() != values[0].keys() for value in values):
+                    raise HookResultError(
+                        f"The batches to be joined have other notes: {[sorted(value) for value in values]}.",
+                        mend="Note the same things about all rows.",
+                    )
+                joined[f.name] = {key: torch.cat([value[key] for value in values]) for key in values[0]}
             elif isinstance(values[0], dict):
                 joined[f.name] = {key: [item for value in values for item in value[key]] for key in values[0]}
             else:
@@ -219,18 +229,23 @@ class TokenRows:
 
     def to(self, device: torch.device | str) -> Self:
         """The same rows with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        moved["notes"] = {name: value.to(device) for name, value in self.notes.items()}
+        return type(self)(**moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields that are set, for example to save them."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        """The tensor fields that are set, for example to save them; a note is named "notes.<name>"."""
+        named = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        named += [(f"notes.{name}", value) for name, value in self.notes.items()]
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The inverse of `tensors`."""
-        return cls(**tensors)
+        notes = {k.removeprefix("notes."): v for k, v in tensors.items() if k.startswith("notes.")}
+        fields: dict[str, Any] = {k: v for k, v in tensors.items() if not k.startswith("notes.")}
+        return cls(**fields, notes=notes)
 
     def validate(self) -> Self:
         """Check that all sizes agree.
@@ -238,15 +253,16 @@ class TokenRows:
         Raises:
             HookResultError: a field has another size than its axis.
         """
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, Tensor | list) or "axis" not in f.metadata:
+        axes = {f.name: (f.metadata["axis"], getattr(self, f.name)) for f in fields(self) if "axis" in f.metadata}
+        axes |= {f"notes[{name!r}]": ("loss", value) for name, value in self.notes.items()}
+        for name, (axis, value) in axes.items():
+            if not isinstance(value, Tensor | list):
                 continue
-            size = int(self._lengths_on(f.metadata["axis"]).sum())
+            size = int(self._lengths_on(axis).sum())
             if len(value) != size:
                 raise HookResultError(
-                    f"{type(self).__name__}.{f.name} has {len(value)} entries; expected {size}, one per "
-                    f"{f.metadata['axis']}{'' if f.metadata['axis'] == 'row' else ' token'}.",
+                    f"{type(self).__name__}.{name} has {len(value)} entries; expected {size}, one per "
+                    f"{axis}{'' if axis == 'row' else ' token'}.",
                     mend="Return the batch with all of its fields changed alike; `take` and `concat` do so.",
                 )
         return self
@@ -316,6 +332,11 @@ class Rollouts(TokenRows):
     """(N, R) one column per reward function; NaN where it gave no score. Not set before `score` has run."""
     reward: Tensor = _axis("row", optional=True)
     """(N,) weighted sum over the functions that scored the row; NaN for a row that none scored."""
+    old_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) under the policy that generated the row, where they are computed; 0 at rows that are not kept. Set, as
+    `ref_logps` and the notes are, before `advantages` is called."""
+    ref_logps: Tensor | None = _axis("loss", optional=True)
+    """(T,) under the reference model, when the algorithm uses one; likewise."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -328,6 +349,8 @@ class Samples(TokenRows):
     """(N,) int64, place of the row in the generation batch; decides the optimizer step it is used in."""
     reward: Tensor = _axis("row")
     """(N,) row rewards, NaN for unscorable rows."""
+    generation: Tensor = _axis("row")
+    """(N,) int64, number of the generation batch in which the row was generated; a replayed row keeps its own."""
     old_logps: Tensor | None = _axis("loss", optional=True)
     """(T,) under the policy that generated the row. In the loss hooks it is always set: where the policy has not
     moved since, the trainer fills in the current values without gradient."""
@@ -337,6 +360,11 @@ class Samples(TokenRows):
     """(T,) as reported by the generation backend, when it does."""
     entropy: Tensor | None = _axis("loss", optional=True)
     """(T,) entropy of the current policy at each token, in nats; set in the loss hooks."""
+    states: Tensor | None = _axis("loss", optional=True)
+    """(T, H) last hidden state of the current policy before each token; set in `annotate`, and with gradient in the
+    loss hooks, where a hook asks for it (`HookContext.token_statistics`)."""
+    last_states: Tensor | None = _axis("row", optional=True)
+    """(N, H) likewise, after the last token of each row."""
 
 
 @dataclass(eq=False, kw_only=True)

@@ -47,7 +47,17 @@ def _contribute(function: _F) -> _F:
 
 
 class HookSpecs:
-    """All hooks, in the order in which a training step calls them."""
+    """All hooks, in the order in which they are called."""
+
+    # -- models ---------------------------------------------------------------------------------------------------
+    @_contribute
+    def extra_models(self, policy: nn.Module) -> dict[str, nn.Module]:  # type: ignore[empty-body]
+        """Further models to train beside the policy, by name; called once, before the first step.
+
+        The core puts them on the device, gives their parameters to the optimizer, clips gradients over all of them,
+        and saves and restores them with each checkpoint. Afterwards `context.models[name]` is the model to call: it
+        may be wrapped for distributed training. Who changes it: critics.
+        """
 
     # -- rollout --------------------------------------------------------------------------------------------------
     @_provide(refine=True)
@@ -72,14 +82,6 @@ class HookSpecs:
         that are dropped enter neither the group statistics, nor a forward pass, nor a denominator.
         """
 
-    @_provide(refine=True)
-    def advantages(self, rollouts: Rollouts, keep: Tensor) -> Tensor:  # type: ignore[empty-body]
-        """(N,) or (T,) float32 advantages of the whole generation batch; values at rows not kept are ignored.
-
-        Where N happens to equal T, the shape (N,) means per row: write per-token values as (T, 1) to be safe. Runs on
-        gathered rows like `keep`. Who changes it: other baselines, GAE, per-token credit.
-        """
-
     @_provide()
     def reference_logps(self, samples: TokenRows) -> Tensor:  # type: ignore[empty-body]
         """(T,) float32 log-probabilities of this process's rows under the reference model, without gradient.
@@ -87,12 +89,31 @@ class HookSpecs:
         Called only if the algorithm uses a reference. Who changes it: adapters, mixtures, precomputed values.
         """
 
+    @_contribute
+    def annotate(self, samples: Samples) -> dict[str, Tensor]:  # type: ignore[empty-body]
+        """(T,) float32 each, by name: what a model says about kept rows of this process, before training on them.
+
+        Called without gradient and with some rows at a time, as many as go through the policy at once. `ref_logps` and
+        `old_logps` are set where they are computed, `advantages` are not known yet. The answers become
+        `rollouts.notes` and later `samples.notes`. Who changes it: critics, process rewards.
+        """
+
+    @_provide(refine=True)
+    def advantages(self, rollouts: Rollouts, keep: Tensor) -> Tensor:  # type: ignore[empty-body]
+        """(N,) or (T,) float32 advantages of the whole generation batch; values at rows not kept are ignored.
+
+        Where N happens to equal T, the shape (N,) means per row: write per-token values as (T, 1) to be safe. Runs on
+        gathered rows like `keep`. May add to `rollouts.notes` what the loss needs later, (T,) each. Who changes it:
+        other baselines, GAE, per-token credit.
+        """
+
     @_provide(refine=True)
     def select(self, samples: Samples) -> Samples:  # type: ignore[empty-body]
         """The kept rows of the whole generation batch, possibly replaced, to train on. Training only.
 
         Runs on gathered rows. Keep `position` of a row that is replaced: it says in which optimizer step the row is
-        used. When an algorithm implements this hook, `old_logps` is always set. Who changes it: replay.
+        used; and let a row that comes from elsewhere keep its `generation`. When an algorithm implements this hook,
+        `old_logps` is always set. Who changes it: replay.
         """
 
     # -- loss -----------------------------------------------------------------------------------------------------
@@ -111,7 +132,8 @@ class HookSpecs:
 
         Return values per token, never a scalar: `trl_core.stages.aggregate` alone weights tokens, so denominators,
         gradient accumulation and process counts are right whatever you write. A term that must be a mean over
-        tokens whatever the algorithm's aggregation is wrapped as `TokenMean(values)`. In supervised training
+        tokens whatever the algorithm's aggregation is wrapped as `TokenMean(values)`, which may have any number of
+        entries. In supervised training
         `samples` are `Texts` and `log_ratio` is None.
         """
 
@@ -150,6 +172,9 @@ class HookContext:
         num_processes: number of data-parallel processes.
         process_index: number of this process.
         training: False while evaluating.
+        models: the models of `extra_models`, ready to be called.
+        token_statistics: what these hooks need to know of each token besides its log-probability, beyond what the
+            options ask for (`args.token_statistics`); add to it when they are made. "states": the hidden states.
     """
 
     def __init__(self, args: Any, arguments: dict[str, Any]) -> None:
@@ -159,6 +184,8 @@ class HookContext:
         self.num_processes = 1
         self.process_index = 0
         self.training = True
+        self.models: dict[str, nn.Module] = {}
+        self.token_statistics: set[str] = set()
         self._log: Callable[..., None] | None = None
         self._gather: Callable[[Tensor], Tensor] | None = None
 
@@ -167,6 +194,7 @@ class HookContext:
 
         Over processes the values are joined by `reduce`: "mean" weights each by `weight` (for a mean over tokens give
         the number of tokens), "min" and "max" take the extreme; then they are averaged over the logging interval.
+        "variance" joins them like "mean" and takes the sample variance over the interval instead of its average.
         NaN is ignored. Evaluation adds the prefix `eval_`. A name of no run (outside a trainer) is dropped.
         """
         if self._log is not None:

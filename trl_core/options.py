@@ -25,7 +25,7 @@ def require(condition: bool, what: str, mend: str) -> None:
         raise ConfigError(what, mend=mend)
 
 
-def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+def require_choice(config: Any, name: str, choices: tuple[str | None, ...]) -> None:
     """Raise `ConfigError` unless the option `name` has one of the values."""
     value = getattr(config, name)
     require(value in choices, f"{name}={value!r} is unknown.", f"Use one of: {', '.join(map(repr, choices))}.")

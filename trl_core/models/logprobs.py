@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import TokenRows
+from ..errors import ConfigError
 from .layout import PADDED, Layout, Layouts, Places, head_of, lay_out, token_outputs
 
 _CHUNK = 512
 """Tokens whose probabilities are held at a time where they need no gradient."""
 STATISTICS = ("entropy", "accuracy", "mean_logit", "mean_logp", "log_collision")
+STATES = "states"
+"""Asks for the hidden states as well."""
 
 
 @dataclass
@@ -30,6 +33,10 @@ class TokenScores:
     """(T,) each; those asked for. entropy: in nats. accuracy: 1 where the token is the likeliest. mean_logit: mean of
     the logits over the vocabulary. mean_logp: mean of the log-probabilities over the vocabulary, with gradient.
     log_collision: log of the sum of the squared probabilities."""
+    states: Tensor | None = None
+    """(T, H) last hidden states before each loss token, as the output head sees them, with gradient if enabled."""
+    last_states: Tensor | None = None
+    """(N, H) those after the last token of each row."""
 
 
 class _LogProbs(torch.autograd.Function):
@@ -49,26 +56,39 @@ class _LogProbs(torch.autograd.Function):
         return result.scatter_add_(-1, targets[:, None], grad[:, None]), None
 
 
+@dataclass
+class _Head:
+    """What `_head_only_at` saw."""
+
+    used: bool = False
+    states: Tensor | None = None
+    last_states: Tensor | None = None
+
+
 @contextlib.contextmanager
-def _head_only_at(model: nn.Module, places: Places) -> Iterator[dict[str, bool]]:
+def _head_only_at(model: nn.Module, places: Places, last: Places | None = None) -> Iterator[_Head]:
     """While active, the model's output head sees only these positions: logits come back as (1, T, V).
 
     Going through the model's own forward keeps what it does after the head (soft-capping, scaling) and any wrapper
     around it. A model whose head is not a module called once per forward returns full logits; `used` then stays False.
+    With `last`, the hidden states at the positions and at those of `last` are kept.
     """
-    used = {"used": False}
+    seen = _Head()
     head = head_of(model)
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0]
         if hidden.dim() != 3:
             return None
-        used["used"] = True
-        return (hidden[places[0], places[1]][None], *args[1:])
+        seen.used = True
+        chosen = hidden[places[0], places[1]]
+        if last is not None:
+            seen.states, seen.last_states = chosen, hidden[last[0], last[1]]
+        return (chosen[None], *args[1:])
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
-        yield used
+        yield seen
     finally:
         if handle is not None:
             handle.remove()
@@ -92,25 +112,33 @@ def token_logps(
         rows: N rows on the model's device.
         pad_token_id: any valid id; padded positions are masked.
         temperature: logits are divided by it, as when sampling.
-        statistics: what else to find out, names of `STATISTICS`.
+        statistics: what else to find out, names of `STATISTICS`, or "states" for the hidden states.
         entropy_grad: whether the entropy carries gradient.
         forward_kwargs: further arguments of the model's forward.
         layouts: how to lay out the rows; default: padded.
+
+    Raises:
+        ConfigError: hidden states are asked for and the model's output head is not known.
     """
     layout = _laid_out(rows, layouts, pad_token_id)
-    with _head_only_at(model, layout.predicting) as head:
+    with _head_only_at(model, layout.predicting, layout.last if STATES in statistics else None) as head:
         output = model(**layout.inputs, use_cache=False, **(forward_kwargs or {}))
-    logits = output.logits[0] if head["used"] else output.logits[layout.predicting]
+    if STATES in statistics and head.states is None:
+        raise ConfigError(
+            f"The hidden states of {type(model).__name__} cannot be read: its output head is not called on them.",
+            mend="Train a model with output embeddings, or give the critic a network of its own.",
+        )
+    logits = output.logits[0] if head.used else output.logits[layout.predicting]
     logits = logits.float()
     logits = logits if temperature == 1.0 else logits / temperature
     targets = rows.completion_ids[rows.loss_mask]
     logps, normalizer = _LogProbs.apply(logits, targets)  # type: ignore[no-untyped-call]
-    scores = TokenScores(logps, output)
+    scores = TokenScores(logps, output, states=head.states, last_states=head.last_states)
     if "mean_logp" in statistics:
         scores.statistics["mean_logp"] = logits.mean(-1) - torch.logsumexp(logits, -1)
     if entropy_grad:
         scores.statistics["entropy"] = _entropy(logits, torch.logsumexp(logits, -1))
-    wanted = [name for name in statistics if name not in scores.statistics]
+    wanted = [name for name in statistics if name not in (*scores.statistics, STATES)]
     with torch.no_grad():
         parts = zip(
             logits.detach().split(_CHUNK), normalizer.detach().split(_CHUNK), targets.split(_CHUNK), strict=True
@@ -162,6 +190,29 @@ def row_scores(
     every = found.pop() if found and found[-1].dim() == 3 else None
     scores = output.logits if every is None else every[layout.last]
     return scores.squeeze(-1).float(), output
+
+
+def token_values(
+    model: nn.Module, rows: TokenRows, *, pad_token_id: int, layouts: Layouts | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a critic, a sequence classifier with one output, gives before each loss token and after the last token.
+
+    Returns:
+        (T,) and (N,) float32 with gradient if enabled.
+
+    Raises:
+        ConfigError: the model has no head with one output for each token.
+    """
+    layout = _laid_out(rows, layouts, pad_token_id)
+    with token_outputs(model) as found:
+        model(**layout.inputs, use_cache=False)
+    if not found or found[-1].dim() != 3 or found[-1].shape[-1] != 1:
+        raise ConfigError(
+            f"{type(model).__name__} gives no value for each token.",
+            mend="Use a sequence classifier with one output as a critic: from_pretrained(..., num_labels=1).",
+        )
+    values = found.pop().squeeze(-1).float()
+    return values[layout.predicting], values[layout.last]
 
 
 @torch.no_grad()

@@ -40,11 +40,11 @@ class Counters:
 
 
 class TokenMean:
-    """A (T,) loss term that is averaged over the micro-batch's tokens whatever the algorithm's aggregation.
+    """A loss term that is averaged over the micro-batch's tokens whatever the algorithm's aggregation.
 
     Args:
-        values: (T,).
-        mask: (T,) bool or None, the tokens that enter the mean.
+        values: (T,), or any number of entries.
+        mask: as many bool or None, the ones that enter the mean.
     """
 
     def __init__(self, values: Tensor, mask: Tensor | None = None) -> None:
@@ -117,7 +117,9 @@ def pair_mean(losses: Tensor, accumulation: int = 1) -> Tensor:
 
 
 def per_token(what: str, answer: Any, tokens: Tensor) -> Any:
-    """The answer of a hook; raises `HookResultError` unless it has one value per loss token."""
+    """The answer of a hook; raises `HookResultError` unless it is a `TokenMean` or has one value per loss token."""
+    if isinstance(answer, TokenMean) and answer.values.dim() == 1 and answer.mask.shape == answer.values.shape:
+        return answer
     values = answer.values if isinstance(answer, TokenMean) else answer
     if not isinstance(values, Tensor) or values.shape != tokens.shape:
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"

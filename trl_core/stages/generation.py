@@ -43,23 +43,32 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
     }
     kwargs = {"tokenizer": tokenizer} if options.get("stop_strings") else {}
     config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
-    training, model_config = model.training, model.config
-    router = getattr(model_config, "output_router_logits", None)
+    training, model_config, own = model.training, model.config, getattr(model, "generation_config", None)
+    router, ends = getattr(model_config, "output_router_logits", None), getattr(own, "eos_token_id", None)
     model.eval()
     try:
         if router:  # transformers forms a load-balancing loss then, also of single tokens, and fails
             model_config.output_router_logits = False
+        if own is not None and not sampling.eos_token_ids:  # it would fill in what is None
+            own.eos_token_id = None
         output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **kwargs)
     finally:
         model.train(training)
         if router:
             model_config.output_router_logits = router
+        if own is not None:
+            own.eos_token_id = ends
     rows = output[:, padded.shape[1] :]
     return Generated(completion_ids=cut(rows, sampling.eos_token_ids, sampling.pad_token_id))
 
 
 def cut(rows: Tensor, eos_token_ids: tuple[int, ...], pad_token_id: int) -> list[list[int]]:
-    """Each row up to and including its first terminator; without one, without trailing padding."""
+    """Each row up to and including its first terminator; without one, without trailing padding.
+
+    Where nothing terminates, rows are what was sampled, whole.
+    """
+    if not eos_token_ids:
+        return [list(row) for row in rows.tolist()]
     ends = torch.isin(rows, torch.tensor(eos_token_ids, device=rows.device, dtype=rows.dtype))
     completions = []
     for row, end in zip(rows.tolist(), ends.tolist(), strict=True):

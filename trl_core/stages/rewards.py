@@ -26,10 +26,10 @@ def weighted_reward(rewards: Tensor, weights: Tensor) -> Tensor:
 class RewardFunctions:
     """All reward functions of a run.
 
-    A function is called as `f(prompts=, completions=, completion_ids=, <dataset columns>, trainer_state=, log_extra=,
-    log_metric=)`, with those of these arguments that it accepts, and returns a number or None for each row of this
-    process. Coroutine functions run concurrently. A sequence classifier (id, path or module) scores the rendered
-    prompt and completion.
+    A function is called as `f(prompts=, completions=, completion_ids=, prompt_ids=, <dataset columns>, trainer_state=,
+    log_extra=, log_metric=)`, with those of these arguments that it accepts, and returns a number or None for each row
+    of this process. Coroutine functions run concurrently. A sequence classifier (id, path or module) scores the
+    rendered prompt and completion.
 
     Args:
         functions: callables, model ids or paths, or modules.
@@ -84,7 +84,9 @@ class RewardFunctions:
         if not rollouts.num_rows:
             return torch.zeros(0, len(self.functions))
         ids = [part.tolist() for part in rollouts.completion_ids.split(rollouts.completion_lengths.tolist())]
+        prompt_ids = [part.tolist() for part in rollouts.prompt_ids.split(rollouts.prompt_lengths.tolist())]
         arguments = {
+            "prompt_ids": prompt_ids,
             **rollouts.columns,
             **context,
             "prompts": rollouts.prompts,

@@ -151,8 +151,9 @@ class Subject:
 
     @staticmethod
     def weights(trainer: Any) -> Weights:
-        """Copies of the weights of the policy and, where it has weights of its own, of the reference."""
+        """Copies of the weights of the policy, of extra models and, where it has its own, of the reference."""
         modules = {"policy": trainer.model, "reference": trainer.reference and trainer.reference.module}
+        modules |= trainer.extra_models
         states = {name: module.state_dict() for name, module in modules.items() if module is not None}
         return {f"{of}.{name}": value.detach().clone() for of, state in states.items() for name, value in state.items()}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -20,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..batch import TokenRows
 from ..composition import implements_hooks
-from ..errors import ConfigError, NonFiniteLossError, OutputDirError
+from ..errors import ConfigError, HookResultError, NonFiniteLossError, OutputDirError
 from ..hookspecs import HookContext, hookimpl
 from ..models.layout import Layouts
 from ..models.loading import (
@@ -77,6 +78,7 @@ class _Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         reference = trainer.reference.module if trainer.reference is not None else None
+        trainer.forget_gradients()
         policy = trainer.accelerator.unwrap_model(trainer.model)
         trainer.hooks.call.after_step(step=state.global_step, policy=policy, reference=reference)
 
@@ -137,12 +139,13 @@ class CoreTrainer(CheckpointedTrainer):
         tokenizer = self._load_tokenizer(processing_class, policy, args)
         self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
         self._check_reference(args, ref_model, adapter=is_peft(policy))
-        self.terminators = terminators(tokenizer, policy)
+        self.terminators = self.find_terminators(tokenizer, policy, args)
         self.pad_token_id: int = tokenizer.pad_token_id
         policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
         if args.disable_dropout:
             disable_dropout(policy)
         self.reference = self._make_reference(policy, args, new_adapter=peft_config is not None, given=ref_model)
+        self.extra_models = self._make_extra_models(policy, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, tokenizer, args)
 
         super().__init__(
@@ -160,6 +163,14 @@ class CoreTrainer(CheckpointedTrainer):
         self.loss_is_scaled_for_ga = True
         if self.reference is not None and self.reference.module is not None:
             self.reference.module = self.accelerator.prepare_model(self.reference.module, evaluation_mode=True)
+        if self.extra_models and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ConfigError(
+                f"{self.composition.name!r} trains {sorted(self.extra_models)} beside the policy, which runs with "
+                "DeepSpeed or FSDP cannot do yet.",
+                mend="Use plain data parallelism (accelerate launch), with an adapter if memory is short.",
+            )
+        for name, module in self.extra_models.items():
+            self.context.models[name] = self.accelerator.prepare_model(module)
         # Sampling must differ between processes; everything else is seeded on its own.
         set_seed(args.seed, device_specific=True)
         self.context.processing_class = tokenizer
@@ -185,12 +196,17 @@ class CoreTrainer(CheckpointedTrainer):
         expected = self.composition.config_class
         if args is None:
             return expected(output_dir=f"{self.composition.name.replace('+', '-')}-output")
+        if isinstance(args, expected):
+            return args
         if not all(hasattr(args, f.name) for f in dataclasses.fields(expected)):
             raise ConfigError(
                 f"args is a {type(args).__name__}, which lacks options of {self.composition.name!r}.",
                 mend=f"Make it with trl_core.get_config({self.composition.name!r})(...).",
             )
-        return args
+        # Made for another algorithm, the base perhaps: the same values, but what a class says of itself is this one's.
+        taken: Any = object.__new__(expected)
+        taken.__dict__.update(args.__dict__)
+        return taken
 
     def _checked_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         known = self.composition.arguments
@@ -212,6 +228,10 @@ class CoreTrainer(CheckpointedTrainer):
 
     def _load_tokenizer(self, given: Any, policy: nn.Module, args: Any) -> Any:
         return load_tokenizer(given, policy, args.trust_remote_code)
+
+    def find_terminators(self, tokenizer: Any, policy: nn.Module, args: Any) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return terminators(tokenizer, policy)
 
     def prepare_datasets(self, train: Any, evaluation: Any, tokenizer: Any, args: Any) -> tuple[Any, Any]:
         """The datasets as the loaders read them; here as they are."""
@@ -254,6 +274,67 @@ class CoreTrainer(CheckpointedTrainer):
         """How rows are laid out for a model; here padded."""
         return None
 
+    # -- extra models ---------------------------------------------------------------------------------------------
+    def _make_extra_models(self, policy: nn.Module, args: Any) -> dict[str, nn.Module]:
+        models: dict[str, nn.Module] = {}
+        for answer in self.hooks.call.extra_models(policy=policy):
+            for name, module in answer.items():
+                if name in models or not isinstance(module, nn.Module):
+                    raise HookResultError(
+                        f"extra_models gave the name {name!r} {'twice' if name in models else 'to no module'}.",
+                        mend="Return a dictionary of modules; give each a name of its own.",
+                    )
+                models[name] = module
+        for module in models.values():
+            if args.disable_dropout:
+                disable_dropout(module)
+            if args.activation_checkpointing and hasattr(module, "gradient_checkpointing_enable"):
+                module.gradient_checkpointing_enable()  # type: ignore[operator]
+        return models
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of `transformers.Trainer`, for the extra models too."""
+        given = self.optimizer is not None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        for module in [] if given else self.extra_models.values():
+            decayed = set(self.get_decay_parameter_names(module))
+            named = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
+            for decay in (True, False):
+                chosen = [value for name, value in named if (name in decayed) is decay]
+                if chosen:
+                    optimizer.add_param_group(
+                        {"params": chosen, "weight_decay": self.args.weight_decay if decay else 0.0}
+                    )
+        return optimizer
+
+    def _with_extra_models(self, model: nn.Module) -> nn.Module:
+        return nn.ModuleList([model, *self.extra_models.values()]) if self.extra_models else model
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return super()._clip_grad_norm(self._with_extra_models(model))  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._with_extra_models(model), grad_norm)  # type: ignore[no-untyped-call]
+
+    def forget_gradients(self) -> None:
+        """Drop the gradients of the extra models; the loop does so for the policy alone."""
+        for module in self.extra_models.values():
+            module.zero_grad()
+
+    @contextlib.contextmanager
+    def evaluating(self, *models: nn.Module) -> Iterator[None]:
+        """While active, these models and the extra ones are in evaluation mode and nothing gets a gradient."""
+        modules = [*models, *self.extra_models.values()]
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.train(mode)
+
     # -- processes and metrics ------------------------------------------------------------------------------------
     @property
     def mode(self) -> str:
@@ -278,6 +359,11 @@ class CoreTrainer(CheckpointedTrainer):
 
     # -- the loss -------------------------------------------------------------------------------------------------
     @property
+    def token_statistics(self) -> tuple[str, ...]:
+        """What options and hooks need to know of each token besides its log-probability."""
+        return tuple(dict.fromkeys((*self.args.token_statistics, *sorted(self.context.token_statistics))))
+
+    @property
     def rows_per_forward(self) -> int:
         """Most rows that go through a model at a time."""
         return int(self.args.per_device_train_batch_size)
@@ -286,6 +372,8 @@ class CoreTrainer(CheckpointedTrainer):
         """One micro-step; what fails in it (a reward function, a backend, the loss) stops the run after saving."""
         self.metrics.tick += 1
         start = time.perf_counter()
+        for module in self.extra_models.values():
+            module.train()
         with self.rescued():
             inputs = self._prepare_inputs(inputs)
             update = time.perf_counter()
@@ -329,7 +417,8 @@ class CoreTrainer(CheckpointedTrainer):
         self.model.eval()
         rows = 0
         try:
-            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), self.evaluating():
                 for batch in dataloader:
                     rows += self._evaluate_batch(batch)
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.drain("eval").items()}

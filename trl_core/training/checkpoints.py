@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -36,7 +37,6 @@ from .state import (
 )
 
 logger = logging.getLogger(__name__)
-REFERENCE_FILE = "reference.safetensors"
 _COMPARED_ON_RESUME = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
 
 
@@ -50,6 +50,8 @@ class CheckpointedTrainer(Trainer):
     hooks: Hooks
     metrics: Metrics
     reference: ReferenceModel | None
+    extra_models: dict[str, nn.Module]
+    """Models that are trained beside the policy, by name."""
 
     _resume: tuple[str, dict[str, Any]] | None = None
     """Folder and record of the checkpoint that is being resumed."""
@@ -76,6 +78,13 @@ class CheckpointedTrainer(Trainer):
             if f.metadata.get("resume", True) and (f.name not in common or f.name in _COMPARED_ON_RESUME)
         ]
         return {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
+
+    def _further_models(self) -> dict[str, nn.Module]:
+        """Models beside the policy that have weights of their own, by the names of their files."""
+        models = dict(self.extra_models)
+        if self.reference is not None and self.reference.module is not None:
+            models["reference"] = self.accelerator.unwrap_model(self.reference.module)
+        return models
 
     def before_step(self) -> None:
         """Note the state at the start of an optimizer step, to which a failure in it goes back.
@@ -105,7 +114,8 @@ class CheckpointedTrainer(Trainer):
         self.load_state_of_run(state)
         if self.state.global_step == 0 or not self.failed_everywhere:
             return  # nothing is trained yet, or the other processes are not here to take part
-        self.model.zero_grad()
+        for module in (self.model, *self.extra_models.values()):
+            module.zero_grad()
         try:
             self._save_checkpoint(self.model_wrapped, None)
             logger.error("The run stops; checkpoint-%d is saved.", self.state.global_step)
@@ -127,9 +137,9 @@ class CheckpointedTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.reference is not None and self.reference.module is not None:
-                weights = self.accelerator.unwrap_model(self.reference.module).state_dict()
-                save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / REFERENCE_FILE)
+            for name, module in self._further_models().items():
+                weights = module.state_dict()
+                save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / f"{name}.safetensors")
             plain = write_tensors(folder, self.state_of_run())
             record = {
                 "trl_core": core_version(),
@@ -201,9 +211,8 @@ class CheckpointedTrainer(Trainer):
         if self._resume is not None:
             folder, record = self._resume
             self.load_state_of_run(read_state(folder, record))
-            if self.reference is not None and self.reference.module is not None:
-                weights = load_file(Path(folder) / REFERENCE_FILE)
-                self.accelerator.unwrap_model(self.reference.module).load_state_dict(weights)
+            for name, module in self._further_models().items():
+                module.load_state_dict(load_file(Path(folder) / f"{name}.safetensors"))
         return prepared
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -213,6 +213,10 @@ class OnlineConfig(CoreConfig):
     num_completions_to_print: int | None = option(5, "Rows of the printed sample; 0 prints none.", resume=False)
 
     minimum_generations = 1
+    reshuffles = False
+    """Whether each pass over a generation batch cuts it into micro-batches in an order of its own."""
+    uses_old_logps = False
+    """Whether `annotate` or `advantages` need the log-probabilities under the sampling policy."""
 
     @property
     def slices(self) -> int:

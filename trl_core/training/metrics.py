@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -45,7 +46,9 @@ class Metrics:
             for entry in (entry for process in everywhere for entry in process.get(name, [])):
                 by_tick[entry[0]].append(entry[1:])
             finite = [value for value in map(_join, by_tick.values()) if not math.isnan(value)]
-            if finite:
+            if finite and next(iter(by_tick.values()))[0][2] == "variance":
+                averages[name] = statistics.variance(finite) if len(finite) > 1 else 0.0
+            elif finite:
                 averages[name] = sum(finite) / len(finite)
         return averages
 

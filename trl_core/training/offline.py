@@ -256,7 +256,7 @@ class OfflineTrainer(CoreTrainer):
             model,
             rows,
             pad_token_id=self.pad_token_id,
-            statistics=tuple(dict.fromkeys((*statistics, *self.args.token_statistics))),
+            statistics=tuple(dict.fromkeys((*statistics, *self.token_statistics))),
             forward_kwargs=router,
             # The load-balancing loss counts every token, also those that rows share.
             layouts=None if router else self.layouts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from ..batch import Rollouts, Samples
 from ..data import prompts as prompt_data
 from ..errors import ConfigError, HookResultError
 from ..models.loading import max_positions
-from ..models.logprobs import batched_token_logps, token_logps
+from ..models.logprobs import STATES, token_logps
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from ..stages.rewards import RewardFunctions
 from .base import rows_for_inspection
@@ -62,6 +63,7 @@ class OnlineTrainer(RolloutSteps):
         callbacks: Any = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        ref_model: Any = None,
         rollouts: Any = None,
         **arguments: Any,
     ) -> None:
@@ -87,6 +89,7 @@ class OnlineTrainer(RolloutSteps):
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
+            ref_model=ref_model,
             providers=None if rollouts is None else {"rollouts": rollouts},
             arguments=arguments,
         )
@@ -163,6 +166,7 @@ class OnlineTrainer(RolloutSteps):
             )
         samples = self._samples(rollouts, keep)
         samples = checked("select", self.hooks.call.select(samples=samples), Samples).validate()
+        self._follow_policy(samples)
         self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
         self._record("num_tokens", float(self.num_tokens))
         self.generations += 1
@@ -170,8 +174,29 @@ class OnlineTrainer(RolloutSteps):
 
     def _samples(self, rollouts: Rollouts, keep: Tensor) -> Samples:
         """The kept rows with advantages and the log-probabilities the loss needs, over all processes."""
+        sampling_logps = rollouts.sampling_logps
+        samples = Samples(
+            **{f: getattr(rollouts, f) for f in ("prompt_ids", "prompt_lengths", "completion_ids")},
+            **{f: getattr(rollouts, f) for f in ("completion_lengths", "loss_mask", "group", "reward")},
+            advantages=torch.zeros(int(rollouts.loss_mask.sum())),
+            position=torch.arange(rollouts.num_rows),
+            generation=torch.full((rollouts.num_rows,), self.generations),
+            sampling_logps=None if sampling_logps is None else sampling_logps[rollouts.loss_mask],
+        ).take(keep.nonzero().flatten())
+        self._measure(samples)
+        kept_tokens = keep[rollouts.row_of_token]
+
+        def of_all_rows(values: Tensor) -> Tensor:
+            return values.new_zeros(kept_tokens.shape).masked_scatter(kept_tokens, values)
+
+        rollouts.old_logps, rollouts.ref_logps = (
+            None if values is None else of_all_rows(values) for values in (samples.old_logps, samples.ref_logps)
+        )
+        rollouts.notes = {name: of_all_rows(values) for name, values in samples.notes.items()}
         advantages = checked("advantages", self.hooks.call.advantages(rollouts=rollouts, keep=keep), Tensor)
         per_token = rollouts.expand(advantages.float().cpu())
+        samples.advantages = per_token[kept_tokens]
+        samples.notes = {name: values[kept_tokens] for name, values in rollouts.validate().notes.items()}
         for name, value in rollout_metrics(rollouts, keep, self.reward_functions.names).items():
             self._record(name, value)
         if self.context.training:
@@ -179,36 +204,68 @@ class OnlineTrainer(RolloutSteps):
             self.completion_log.write(
                 rollouts, keep, row_advantage, self.reward_functions.names, self.state.global_step
             )
-        sampling_logps = rollouts.sampling_logps
-        samples = Samples(
-            **{f: getattr(rollouts, f) for f in ("prompt_ids", "prompt_lengths", "completion_ids")},
-            **{f: getattr(rollouts, f) for f in ("completion_lengths", "loss_mask", "group", "reward")},
-            advantages=per_token,
-            position=torch.arange(rollouts.num_rows),
-            sampling_logps=None if sampling_logps is None else sampling_logps[rollouts.loss_mask],
-        ).take(keep.nonzero().flatten())
-        self._add_logps(samples)
         return samples
 
-    def _add_logps(self, samples: Samples) -> None:
+    def _measure(self, samples: Samples) -> None:
+        """Fill in what the models say about the rows: log-probabilities and notes."""
         own = samples.take(self._share(samples.num_rows)).to(self.args.device)
+        found: dict[str, list[Tensor]] = {}
         if self.args.uses_reference:
             logps = self.hooks.call.reference_logps(samples=own) if own.num_rows else own.advantages
-            samples.ref_logps = self._gather_flat(per_token("reference_logps", logps, own.advantages).float().cpu())
+            own.ref_logps = per_token("reference_logps", logps, own.advantages).float()
+            found["ref_logps"] = [own.ref_logps.cpu()]
+        policy = self.accelerator.unwrap_model(self.model)
         if self._needs_old_logps(samples):
-            policy = self.accelerator.unwrap_model(self.model)
-            batch_size = self.args.per_device_train_batch_size
-            logps = batched_token_logps(
-                policy, own, batch_size=batch_size, pad_token_id=self.pad_token_id, temperature=self.args.temperature
-            )
-            samples.old_logps = self._gather_flat(logps.cpu())
+            found["old_logps"] = []
+        asked = [STATES] if STATES in self.token_statistics and self.hooks.changed("annotate") else []
+        with self.evaluating(policy):
+            for rows in self._parts(own):
+                if asked or "old_logps" in found:
+                    scores = token_logps(
+                        policy,
+                        rows,
+                        pad_token_id=self.pad_token_id,
+                        temperature=self.args.temperature,
+                        statistics=asked,
+                    )
+                    rows.old_logps, rows.states, rows.last_states = scores.logps, scores.states, scores.last_states
+                    found.setdefault("old_logps", []).append(scores.logps.cpu())
+                for name, values in _notes(self.hooks.call.annotate(samples=rows)).items():
+                    noted = per_token(f"The note {name!r}", values, rows.advantages).float().cpu()
+                    found.setdefault(f"notes.{name}", []).append(noted)
+        joined = {name: torch.cat([torch.zeros(0), *pieces]) for name, pieces in found.items()}
+        parts: list[dict[str, Tensor]] = gather_object([joined])
+        gathered = {name: torch.cat([part[name] for part in parts]) for name in joined}
+        samples.old_logps, samples.ref_logps = gathered.pop("old_logps", None), gathered.pop("ref_logps", None)
+        samples.notes = {name.removeprefix("notes."): values for name, values in gathered.items()}
 
-    def _needs_old_logps(self, samples: Samples) -> bool:
+    def _parts(self, rows: Samples) -> list[Samples]:
+        """As many rows at a time as go through a model; where there are none, one without loss tokens, to name notes."""
+        if not rows.num_rows:
+            return [_placeholder(self.pad_token_id, ()).to(self.args.device)]
+        starts = range(0, rows.num_rows, self.rows_per_forward)
+        return [rows.take(range(first, min(first + self.rows_per_forward, rows.num_rows))) for first in starts]
+
+    def _moves_before_use(self, samples: Samples) -> bool:
+        """Whether the loss needs log-probabilities of the time of sampling: the policy moves meanwhile, or differs."""
         if not self.context.training:
             return samples.sampling_logps is not None
         args = self.args
         stale = args.gradient_accumulation_steps % args.micro_steps != 0
-        return stale or samples.sampling_logps is not None or self.hooks.changed("select")
+        return stale or samples.sampling_logps is not None
+
+    def _needs_old_logps(self, samples: Samples) -> bool:
+        selects = self.context.training and self.hooks.changed("select")
+        return self._moves_before_use(samples) or self.args.uses_old_logps or selects
+
+    def _follow_policy(self, samples: Samples) -> None:
+        """Of rows just sampled by the policy that is trained, forget the log-probabilities: the loss has them anyway.
+
+        So a run in which nothing is replayed equals one of the base algorithm to the last bit.
+        """
+        if samples.old_logps is not None and not self._moves_before_use(samples):
+            fresh = samples.generation == self.generations
+            samples.old_logps = samples.old_logps.masked_fill(fresh[samples.row_of_token], float("nan"))
 
     # -- micro-batches --------------------------------------------------------------------------------------------
     def _prepare_inputs(self, inputs: Any) -> Samples:  # type: ignore[override]
@@ -219,15 +276,16 @@ class OnlineTrainer(RolloutSteps):
         if self.window is None or self.window.used >= micro_steps:
             self.window = None
             self.window = self._new_window(inputs)
-        slice_index = self.window.used % self.args.slices
         self.window.used += 1
-        return self._micro_batch(self.window, slice_index)
+        return self._micro_batch(self.window)
 
-    def _micro_batch(self, window: Window, slice_index: int) -> Samples:
+    def _micro_batch(self, window: Window) -> Samples:
         args = self.args
+        passed, slice_index = divmod(window.used - 1, args.slices)
         per_slice = self._rows_per_slice
         generation_batch = per_slice * args.slices
-        order = torch.tensor(self._row_order(window.number, generation_batch, per_slice))
+        pass_number = passed if args.reshuffles else 0
+        order = torch.tensor(self._row_order(window.number, pass_number, generation_batch, per_slice))
         place = torch.empty_like(order)
         place[order] = torch.arange(generation_batch)
         # Rows keep their step even when others of the slice were dropped; what is left is dealt out evenly.
@@ -237,12 +295,13 @@ class OnlineTrainer(RolloutSteps):
         own = in_slice.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
         return window.samples.take(own).to(args.device)
 
-    def _row_order(self, number: int, rows: int, per_slice: int) -> list[int]:
+    def _row_order(self, number: int, pass_number: int, rows: int, per_slice: int) -> list[int]:
         """The order in which a generation batch is cut into slices: whole groups are shuffled where they fit."""
         if self._data_seed is None or rows == per_slice:
             return list(range(rows))
         block = self.args.num_generations if per_slice % self.args.num_generations == 0 else 1
-        blocks = permutation(rows // block, (self._data_seed, number, 2))
+        seeds = (self._data_seed, number, 2) if pass_number == 0 else (self._data_seed, number, 2, pass_number)
+        blocks = permutation(rows // block, seeds)
         return [b * block + i for b in blocks for i in range(block)]
 
     # -- loss -----------------------------------------------------------------------------------------------------
@@ -266,21 +325,22 @@ class OnlineTrainer(RolloutSteps):
         )
         if not samples.num_rows:
             # Nothing of this slice was kept: a row without loss tokens keeps all processes in step.
-            samples = _placeholder(self.pad_token_id, self.args.device)
+            samples = _placeholder(self.pad_token_id, samples.notes).to(self.args.device)
             weights = torch.zeros(0, device=self.args.device)
         scores = token_logps(
             model,
             samples,
             pad_token_id=self.pad_token_id,
             temperature=args.temperature,
-            statistics=("entropy",),
+            statistics=("entropy", *self.token_statistics),
             entropy_grad=getattr(args, "entropy_needs_grad", False),
             forward_kwargs=self._forward_kwargs(),
         )
         logps, output = scores.logps, scores.output
         samples.entropy = scores.statistics["entropy"]
-        if samples.old_logps is None:
-            samples.old_logps = logps.detach()
+        samples.states, samples.last_states = scores.states, scores.last_states
+        old, current = samples.old_logps, logps.detach()
+        samples.old_logps = current if old is None else torch.where(old.isnan(), current, old)
         log_ratio = per_token("log_ratio", self.hooks.call.log_ratio(samples=samples, logps=logps), logps)
         contributions = self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio)
         terms = {
@@ -346,6 +406,17 @@ class OnlineTrainer(RolloutSteps):
             self.window = Window(samples, Counters(**saved["counters"]), saved["number"], saved["used"])
 
 
+def _notes(answers: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    notes: dict[str, Tensor] = {}
+    for answer in answers:
+        if twice := notes.keys() & answer.keys():
+            raise HookResultError(
+                f"Two algorithms note {sorted(twice)}.", mend="Begin the name with that of the algorithm."
+            )
+        notes |= answer
+    return notes
+
+
 def _counters(samples: Samples, slices: int = 1) -> Counters:
     return Counters(
         rows=samples.num_rows,
@@ -374,18 +445,17 @@ def _checked_keep(answer: Any, rows: int) -> Tensor:
     return answer.cpu()
 
 
-def _placeholder(token: int, device: Any) -> Samples:
-    one = torch.ones(1, dtype=torch.long)
-    return Samples(
-        prompt_ids=one * token,
-        prompt_lengths=one,
-        completion_ids=one * token,
-        completion_lengths=one,
-        loss_mask=torch.zeros(1, dtype=torch.bool),
-        group=one * 0,
-        advantages=torch.zeros(0),
-        position=one * 0,
+def _placeholder(token: int, notes: Iterable[str]) -> Samples:
+    none = torch.zeros(0)
+    return Samples.from_lists(
+        [[token]],
+        [[token]],
+        loss_mask=[[0]],
+        notes=dict.fromkeys(notes, none),
+        advantages=none,
+        position=torch.zeros(1, dtype=torch.long),
+        generation=torch.zeros(1, dtype=torch.long),
         reward=torch.zeros(1),
-        ref_logps=torch.zeros(0),
-        sampling_logps=torch.zeros(0),
-    ).to(device)
+        ref_logps=none,
+        sampling_logps=none,
+    )
