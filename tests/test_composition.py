@@ -211,11 +211,38 @@ def test_default_that_can_be_changed_is_each_configs_own(packages, tmp_path):
     assert get_config("dpo")(str(tmp_path), report_to=[], use_cpu=True).loss_type == ["sigmoid"]
 
 
-def test_last_named_default_wins(packages, tmp_path):
+@pytest.mark.parametrize("name", ["one+two", "two+one"])
+def test_different_defaults_of_siblings_are_a_conflict(name, packages):
+    plugin(packages, "one", defaults="{'loss_type': 'grpo', 'beta': 0.1}")
+    plugin(packages, "two", defaults="{'loss_type': 'grpo', 'beta': 0.2}")
+    first, second = ((part, "0.1" if part == "one" else "0.2") for part in name.split("+"))
+    message = "'trl-{0}:{0}' and 'trl-{1}:{1}' want different defaults for the option 'beta': {2} and {3}"
+    with pytest.raises(PluginConflict, match=message.format(first[0], second[0], first[1], second[1])) as caught:
+        get_trainer(name)
+    assert "set beta yourself" in caught.value.mend
+
+
+def test_equal_defaults_of_siblings_go_together(packages, tmp_path):
+    plugin(packages, "one", defaults="{'loss_type': 'grpo', 'beta': 0.1}")
+    plugin(packages, "two", defaults="{'loss_type': 'grpo', 'epsilon': 0.3}")
+    args = get_config("one+two")(str(tmp_path), report_to=[], use_cpu=True)
+    assert (args.loss_type, args.beta, args.epsilon) == ("grpo", 0.1, 0.3)
+
+
+@pytest.mark.parametrize("name", ["two", "one+two", "two+one", "three+two", "two+three"])
+def test_algorithm_replaces_the_defaults_of_its_ancestors(name, packages, tmp_path):
     plugin(packages, "one", defaults="{'beta': 0.1}")
-    plugin(packages, "two", defaults="{'beta': 0.2}")
-    betas = {name: get_config(name)(str(tmp_path), report_to=[], use_cpu=True).beta for name in ("one+two", "two+one")}
-    assert betas == {"one+two": 0.2, "two+one": 0.1}
+    plugin(packages, "two", defaults="{'beta': 0.2}", extends="one")
+    plugin(packages, "three", defaults="{'beta': 0.2}")
+    assert get_config(name)(str(tmp_path), report_to=[], use_cpu=True).beta == 0.2
+
+
+def test_default_of_an_ancestor_that_is_replaced_contradicts_nobody_but_its_successor_does(packages):
+    plugin(packages, "one", defaults="{'beta': 0.1}")
+    plugin(packages, "two", defaults="{'beta': 0.2}", extends="one")
+    plugin(packages, "three", defaults="{'beta': 0.1}")
+    with pytest.raises(PluginConflict, match="'trl-two:two' and 'trl-three:three' want different defaults"):
+        get_config("two+three")
 
 
 def test_last_named_algorithm_overrides_what_is_no_option(packages):

@@ -23,9 +23,9 @@ PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 PACKAGES = [CORE, *(package for plugin in PLUGINS for package in plugin.glob("trl_*"))]
 
 # The online half is about 4,000 lines with command line and kit; the offline family (data, layouts, losses, trainers)
-# added about 2,300.
-CORE_BUDGET = 6500
-PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140}
+# added about 2,300; models beside the policy and notes about rows, for PPO, about 250.
+CORE_BUDGET = 6800
+PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 750, "trl_replay": 150}
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "cli": _COMPOSED | {"trl_core", "data", "training", "testing"},
     "scaffold": {"trl_core"},
 }
-PUBLIC_MODULES = {"trl_core", "trl_core.data", "trl_core.stages", "trl_core.testing"}
+PUBLIC_MODULES = {"trl_core", "trl_core.data", "trl_core.models", "trl_core.stages", "trl_core.testing"}
 
 
 # -- reading imports ---------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_plugin_uses_only_public_names(plugin):
     "statement", ["import trl_core", "import trl_core.hookspecs", "import trl_core; trl_core.list_algorithms()"]
 )
 def test_import_brings_no_torch(statement):
-    heavy = ["torch", "transformers", "accelerate", "datasets", "trl_bema", "trl_gfpo"]
+    heavy = ["torch", "transformers", "accelerate", "datasets", *(package.name for package in PACKAGES[1:])]
     code = f"{statement}\nimport sys\nprint(*[name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

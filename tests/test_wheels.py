@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"trl_core": ROOT} | {
-    name: ROOT / "plugins" / name.replace("_", "-") for name in ("trl_bema", "trl_gfpo")
+    name: ROOT / "plugins" / name.replace("_", "-")
+    for name in ("trl_bema", "trl_gfpo", "trl_gspo", "trl_ppo", "trl_replay")
 }
 
 TRAIN = """

@@ -9,6 +9,7 @@
                         algorithm, or "trainer" for what the trainers of the core define
     fields CLASS        the fields of a class of trl_core.batch with their descriptions
     errors              every error class with its description
+    matrix              which two algorithms of this repository compose, and why others do not
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl_core import AlgorithmInfo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/**/*.md", "plugins/*/*.md")
@@ -31,10 +36,15 @@ _PART = re.compile(r"(<!-- ((\w+)(?: [^\n]*?)?):begin -->\n)(.*?)(<!-- \2:end --
 def algorithms() -> str:
     """The table of the algorithms in this repository; what else is installed here is no part of a page."""
     from trl_core.cli.list import as_markdown
+
+    return as_markdown(_ours())
+
+
+def _ours() -> list[AlgorithmInfo]:
     from trl_core.discovery import CORE, list_algorithms
 
     ours = {CORE, *(path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml"))}
-    return as_markdown(info for info in list_algorithms() if info.distribution in ours)
+    return [info for info in list_algorithms() if info.distribution in ours]
 
 
 def hook(name: str) -> str:
@@ -89,7 +99,46 @@ def errors() -> str:
     return "\n".join(rows)
 
 
-WRITERS: dict[str, Callable[..., str]] = {f.__name__: f for f in (algorithms, hook, options, fields, errors)}
+def families() -> dict[str, list[str]]:
+    """The algorithms of this repository by the base they build on, where there is more than one to a base."""
+    from trl_core.composition import compose
+
+    found: dict[str, list[str]] = {}
+    for info in _ours():
+        found.setdefault(compose(info.qualified, warn=False).root.name, []).append(info.name)
+    return {root: sorted(names, key=lambda name: (name != root, name)) for root, names in found.items() if names[1:]}
+
+
+def refusal(first: str, second: str) -> str | None:
+    """Why two algorithms do not compose, or None."""
+    from trl_core.composition import compose
+    from trl_core.errors import TRLCoreError
+
+    try:
+        compose(f"{first}+{second}", warn=False).config_class  # noqa: B018  options are joined when it is asked for
+    except TRLCoreError as error:
+        return error.what
+    return None
+
+
+def matrix() -> str:
+    """For each base a table of its algorithms, and the reasons of the pairs that are refused."""
+    lines: list[str] = []
+    for root, names in families().items():
+        lines += [f"### On {root}", "", f"| | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+        reasons: list[str] = []
+        for first in names:
+            cells = []
+            for second in names:
+                reason = None if first == second else refusal(first, second)
+                cells.append("-" if first == second else "no" if reason else "yes")
+                reasons += [f"- `{first}+{second}`: {reason}"] if reason else []
+            lines.append(f"| **{first}** | {' | '.join(cells)} |")
+        lines += ["", *reasons, *([""] if reasons else [])]
+    return "\n".join(lines).rstrip()
+
+
+WRITERS: dict[str, Callable[..., str]] = {f.__name__: f for f in (algorithms, hook, options, fields, errors, matrix)}
 
 
 def current(text: str) -> str:

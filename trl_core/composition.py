@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import inspect
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -141,27 +142,44 @@ class Composition:
         ]
 
     def check(self) -> None:
-        """Check every hook implementation against the contract, and that no two siblings provide the same step.
+        """Check every hook implementation against the contract, and that no two siblings contradict each other.
 
         Raises:
             InvalidHookError: a misspelt hook, an unmarked method with a hook's name, a wrapper where none is allowed,
                 an unknown argument or one with a default value, or an ordering request.
-            PluginConflict: two algorithms composed side by side provide the same step.
+            PluginConflict: two algorithms composed side by side provide the same step, or set different defaults for
+                the same option.
         """
         for part in self.parts:
             _check_hooks(part.algorithm.hooks, part.info.qualified)
+        for option in sorted({name for part in self.parts for name in part.algorithm.defaults}):
+            self._check_single_default(option)
         for hook, (kind, _) in hook_kinds().items():
             if kind == "provide":
                 self._check_single_provider(hook)
 
+    def _latest(self, parts: Iterable[Part]) -> list[Part]:
+        """Those that no other extends: an algorithm replaces what its ancestors say."""
+        left: list[Part] = []
+        for part in parts:
+            left = [p for p in left if p.algorithm.name not in self._ancestors(part.algorithm)]
+            left.append(part)
+        return left
+
+    def _check_single_default(self, option: str) -> None:
+        parts = self._latest(part for part in self.parts if option in part.algorithm.defaults)
+        values = [part.algorithm.defaults[option] for part in parts]
+        for part, value in zip(parts, values, strict=True):
+            if value != values[0]:
+                raise PluginConflict(
+                    f"{parts[0].info.qualified!r} and {part.info.qualified!r} want different defaults for the option "
+                    f"{option!r}: {values[0]!r} and {value!r}.",
+                    mend=f"Leave one of them out, and set {option} yourself if that is all you want of it.",
+                )
+
     def _check_single_provider(self, hook: str) -> None:
-        providers: list[Part] = []
-        for part in self.parts:
-            options = _implementation(part.algorithm, hook)
-            if options is not None and not options["wrapper"]:
-                # An algorithm replaces what its ancestors provide.
-                providers = [p for p in providers if p.algorithm.name not in self._ancestors(part.algorithm)]
-                providers.append(part)
+        implementations = ((part, _implementation(part.algorithm, hook)) for part in self.parts)
+        providers = self._latest(part for part, options in implementations if options and not options["wrapper"])
         if len(providers) > 1:
             names = " and ".join(repr(p.info.qualified) for p in providers)
             raise PluginConflict(

@@ -46,7 +46,9 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
     epsilon: float = option(0.2, "Lower clip width of the ratio, and the upper one unless epsilon_high is set.")
     epsilon_high: float | None = option(None, "Upper clip width (DAPO: 0.28); for cispo the absolute cap (5.0).")
     delta: float | None = option(None, "Upper bound of the ratio for negative advantages (two-sided clipping).")
-    importance_sampling_level: str = option("token", "'token', or 'sequence' (GSPO).")
+    importance_sampling_level: str = option(
+        "token", "'token', 'sequence' (GSPO), or with the algorithm gspo_token 'sequence_token'."
+    )
     loss_type: str = option("dapo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.")
     scale_rewards: str | bool = option("group", "Divide advantages by the std of the 'group', the 'batch', or 'none'.")
     multi_objective_aggregation: str = option(
@@ -129,11 +131,18 @@ class GRPO:
         self.context = context
         self.args: GRPOConfig = context.args
         self.options = self.args.policy_loss_options
-        require_choice(self.args, "importance_sampling_level", self.args.importance_sampling_levels)
-        if self.args.importance_sampling_level == "sequence" and self.args.loss_type not in ("grpo", "sapo", "luspo"):
+        level, levels = self.args.importance_sampling_level, self.args.importance_sampling_levels
+        require(
+            level in levels,
+            f"importance_sampling_level={level!r} is none of this trainer's: {', '.join(map(repr, levels))}.",
+            "Use one of these; for 'sequence_token' install trl-gspo and take its trainer: "
+            "from trl_gspo import GRPOTrainer.",
+        )
+        if level != "token" and self.args.loss_type not in ("grpo", "sapo", "luspo"):
             logger.warning(
-                "importance_sampling_level='sequence' with loss_type=%r weights each sequence by its length; the GSPO "
-                "paper uses loss_type='grpo'.",
+                "importance_sampling_level=%r with loss_type=%r weights each sequence by its length; the GSPO paper "
+                "uses loss_type='grpo'.",
+                level,
                 self.args.loss_type,
             )
         self.entropy_coef = self.args.entropy_coef
@@ -235,7 +244,7 @@ class GRPO:
         if not logps.numel():
             return
         advantages = samples.advantages
-        sequence_level = self.args.importance_sampling_level != "token"
+        sequence_level = self.args.importance_sampling_level == "sequence"
         shares = clip_metrics(samples, advantages, log_ratio, self.options, sequence_level)
         for name, (value, weight, reduce) in shares.items():
             self.context.log(name, value, weight, reduce)

@@ -15,11 +15,12 @@ from .policy_loss import (
     sampler_ratio,
     sequence_log_ratio,
 )
-from .rewards import weighted_reward
+from .rewards import accepted_arguments, weighted_reward
 
 __all__ = [
     "PolicyLossOptions",
     "TokenMean",
+    "accepted_arguments",
     "aggregate",
     "clip_metrics",
     "group_advantages",

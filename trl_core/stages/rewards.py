@@ -132,19 +132,25 @@ class RewardFunctions:
         return list(outcome["results"])
 
 
-def _bind(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
-    """A call of `function` with those of the arguments that it accepts."""
+def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Those of the offered arguments that a user's function takes, and the names of what it needs beyond them."""
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return lambda: function(**arguments)
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+        return offered, []
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in offered]
+    return {name: offered[name] for name in parameters if name in offered}, missing
+
+
+def _bind(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
+    """A call of `function` with those of the arguments that it accepts."""
+    accepted, missing = accepted_arguments(function, arguments)
     if missing:
         name = getattr(function, "__name__", type(function).__name__)
         raise RewardError(
             f"The reward function {name!r} wants the arguments {missing}, which the dataset has no columns for.",
             mend=f"Add the columns, or take some of: {', '.join(sorted(arguments))}.",
         )
-    return lambda: function(**{name: arguments[name] for name in parameters if name in arguments})
+    return lambda: function(**accepted)
 
 
 def _column(name: str, result: Any, rows: int) -> list[float]:

@@ -1,6 +1,5 @@
 """Filters: functions that give every completion of every group a score; the highest scores are kept."""
 
-import inspect
 import logging
 import reprlib
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trl_core import Rollouts, errors, require
+from trl_core.stages import accepted_arguments
 
 logger = logging.getLogger(__name__)
 Scores = list[list[float]]
@@ -63,10 +63,8 @@ def group_scores(function: Any, rollouts: Rollouts, rewards: Tensor) -> Tensor:
 
     ids = [row.tolist() for row in rollouts.completion_ids.split(rollouts.completion_lengths.tolist())]
     columns = {name: groups(values) for name, values in rollouts.columns.items()}
-    extra: dict[str, Any] = {"group_completion_ids": groups(ids), "group_columns": columns}
-    parameters = inspect.signature(function).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        extra = {name: value for name, value in extra.items() if name in parameters}
+    # The first two have whatever names the function gives them.
+    extra, _ = accepted_arguments(function, {"group_completion_ids": groups(ids), "group_columns": columns})
     result = function(groups(rollouts.completions), rewards.tolist(), **extra)
     try:
         scores = torch.as_tensor(result, dtype=torch.float64, device="cpu")

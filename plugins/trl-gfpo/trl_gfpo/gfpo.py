@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_core import Algorithm, HookContext, Rollouts, hookimpl, option, require, require_choice
+from trl_core import Algorithm, HookContext, Rollouts, errors, hookimpl, option, require, require_choice
 from trl_core.stages import group_advantages
 
 from .adaptive import AdaptiveOptions, Difficulty
@@ -58,6 +58,10 @@ class GFPO(Difficulty):
         result = yield
         if not self.paper or self.kept is None or not self.context.training:
             return result
+        own = group_advantages(rollouts, rollouts.reward, keep, self.args.scale_rewards)
+        if not torch.equal(result, own):
+            what = "gfpo_std and gfpo_denominator form advantages anew, which would drop those of another algorithm."
+            raise errors.HookResultError(what, mend="Name gfpo first in the composition, or leave their defaults.")
         correction = 0 if self.args.gfpo_std == "population" else 1
         return group_advantages(rollouts, rollouts.reward, self.kept & keep, self.args.scale_rewards, correction)
 
