@@ -20,6 +20,7 @@ from trl_core.stages import (
     token_weights,
     weighted_reward,
 )
+from trl_core.stages.advantages import group_std
 from trl_core.stages.aggregate import Counters
 from trl_core.stages.policy_loss import clip_metrics, vespo_weight
 
@@ -49,6 +50,19 @@ def test_advantages_equal_the_constants(scale, value):
     reward = torch.tensor([1.0, 0, 0, 1, 0.5, 0.5, 0.5, 0.5])
     advantages = group_advantages(two_groups(), reward, scale=scale)
     assert advantages.tolist() == approx([value, -value, -value, value, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("value", [0.1, 1.2, -0.7, 1 / 3, 1e6 + 0.1])
+@pytest.mark.parametrize("size", [3, 6, 7, 8, 16])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_give_no_advantage_at_all(value, size, scale):
+    # The mean of equal numbers in single precision may be off by a bit, which a small deviation would blow up.
+    rows = make_rows([1] * size)
+    reward = torch.full((size,), value)
+    assert group_advantages(rows, reward, scale=scale).tolist() == [0.0] * size
+    assert group_std(rows, reward).tolist() == [0.0]
+    columns = torch.stack([reward, reward / 3], 1)
+    assert normalize_then_sum(rows, columns, torch.tensor([1.0, 0.3])).tolist() == [0.0] * size
 
 
 def test_advantages_of_unequal_rewards_equal_the_constants():

@@ -6,19 +6,23 @@ case runs with what makes the two alike.
 
 import dataclasses
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
-from trl_core import get_config, get_trainer
+from trl_core import get_config, get_trainer, hookimpl
+from trl_replay import ReplayBuffer
 
 from .conftest import PARITY
 from .helpers_online import Recorder
 from .helpers_parity import differing_parameters, differing_steps
 
 CASES = sorted(path.stem for path in (PARITY / "cases").glob("*.json"))
+CASES.remove("replay_buffer_function")  # of a class, not of a run
 
 EXPLAINED = {
     "grpo_mask_truncated_dapo": (
@@ -35,7 +39,18 @@ EXPLAINED = {
         "The filter of this test takes the same wrong rows."
     ),
     "gfpo_efficiency": "As gfpo_shortest; the rewards that the filter gets are grouped rightly.",
+    "replay_as_shipped": (
+        "The reference takes the batch for one group, and replaces nothing while any two rewards of a group differ, so "
+        "it is GRPO here. So is trl-core with replay_buffer_size=0."
+    ),
+    **dict.fromkeys(
+        ("replay_all_zero_first", "replay_size1", "replay_size1_bnpo"),
+        "With one pass over each generation the reference stores no log-probabilities of the policy that generated a "
+        "row, and takes replayed rows for on-policy. trl-core stores them; a hook of this test removes them.",
+    ),
 }
+ALGORITHMS = {"grpo_with_replay_buffer": "replay"}
+"""What the reference calls otherwise."""
 
 
 # -- running a case ---------------------------------------------------------------------------------------------------
@@ -87,10 +102,35 @@ def make_reward(name, generations):
     return reward
 
 
+class ReplayLog(TrainerCallback):
+    """Notes, after each generation, the scores in the replay buffer and which groups were replaced by which."""
+
+    def __init__(self, forgets, rollouts):
+        self.forgets, self.trainer, self.noted = forgets, None, []
+        groups = {(g, i // 4): tuple(rollouts[g]["completion_ids"][i]) for g in range(len(rollouts)) for i in (0, 4)}
+        self.source = {completion: list(source) for source, completion in groups.items()}
+
+    @hookimpl(wrapper=True)
+    def select(self, samples):
+        rows = yield
+        completions = [tuple(ids.tolist()) for ids in rows.completion_ids.split(rows.completion_lengths.tolist())]
+        sources = [self.source[completions[first]] for first in (0, 4)]
+        now = int(samples.generation[0])
+        replaced = [
+            {"group": group, "by_generation_group": source}
+            for group, source in enumerate(sources)
+            if source != [now, group]
+        ]
+        scores = sorted(score for score, _, _ in self.trainer.hooks.objects["replay"].buffer.entries())
+        self.noted.append({"buffer_scores_sorted": pytest.approx(scores, rel=1e-5), "replaced_groups": replaced})
+        return dataclasses.replace(rows, old_logps=None) if self.forgets else rows
+
+
 def run(case, model, folder, *, as_reference=True, **options):
     """Train; returns the trainer, the log lines of its steps and what the recorder noted."""
     data = load(case)
-    config = get_config(data["algorithm"])
+    algorithm = ALGORITHMS.get(data["algorithm"], data["algorithm"])
+    config = get_config(algorithm)
     known = {f.name for f in dataclasses.fields(config)} - {"generation_batch_size"}  # follows from the others
     given = {name: value for name, value in data["algorithm_arguments"].items() if name in known}
     assert set(data["hyperparameters"]) <= known
@@ -108,18 +148,23 @@ def run(case, model, folder, *, as_reference=True, **options):
     )
     recorder = Recorder(data["rollouts"])
     recipe = data.get("filter")
-    trainer = get_trainer(data["algorithm"])(
+    replay_log = ReplayLog(case in EXPLAINED and as_reference, data["rollouts"]) if algorithm == "replay" else None
+    trainer = get_trainer(algorithm)(
         model=str(model),
         reward_funcs=[make_reward(name, data["rollouts"]) for name in data["rollouts"][0]["rewards"]],
         args=args,
         train_dataset=Dataset.from_list(data["dataset"]),
         rollouts=recorder,
+        callbacks=[replay_log] if replay_log else [],
         **({"group_filter_func": make_filter(case, recipe, as_reference)} if recipe else {}),
     )
+    if replay_log:
+        replay_log.trainer = trainer
     start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
-    return SimpleNamespace(data=data, trainer=trainer, lines=lines, recorder=recorder, start=start)
+    replayed = replay_log and replay_log.noted
+    return SimpleNamespace(data=data, trainer=trainer, lines=lines, recorder=recorder, start=start, replayed=replayed)
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
@@ -170,17 +215,27 @@ def differing_generations(result):
 # -- the tests --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", CASES)
 def test_run_equals_the_reference(case, parity_model, tmp_path):
-    divides = {"token_normalizer": "generation"} if "token_normalizer" in EXPLAINED.get(case, "") else {}
-    result = run(case, parity_model, tmp_path, **divides)
+    alike = {"token_normalizer": "generation", "replay_buffer_size": 0}
+    options = {name: value for name, value in alike.items() if name in EXPLAINED.get(case, "")}
+    result = run(case, parity_model, tmp_path, **options)
     recorded = [generation["prompt_ids"] for generation in result.data["rollouts"]]
     assert result.recorder.prompts == recorded[: len(result.recorder.prompts)]  # the core's own tokenisation
     assert differing_generations(result) == []
     assert differing_steps(result) == []
     assert differing_parameters(result) == []
+    if "replay_log" in result.data:
+        assert result.replayed == result.data["replay_log"]
 
 
 def test_every_case_of_the_folder_is_known():
-    assert len(CASES) == 50
+    counts = Counter(case.partition("_")[0] for case in CASES)
+    known = {
+        "gfpo": 6,
+        "grpo": 44,
+        "gspo": 6,
+        "replay": 5,
+    }
+    assert {family: counts[family] for family in known} == known
     assert set(EXPLAINED) < set(CASES)
 
 
@@ -219,3 +274,26 @@ def test_filter_by_efficiency_gets_the_texts_of_its_own_group(parity_model, tmp_
     # Kept rewards 1.39, 0.23 | 0.61, -0.69, less their group's mean, over the std of all four (0.864157) + 1e-4.
     by_hand = [0.671097, -0.671097, 0.752091, -0.752091]
     assert first.mean_per_row(first.advantages).tolist() == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_replayed_rows_are_compared_with_the_policy_that_generated_them(parity_model, tmp_path):
+    # As the reference the second group of step 3, replayed from generation 1, would be taken for on-policy.
+    ours = run("replay_size1", parity_model, tmp_path / "ours", as_reference=False)
+    theirs = run("replay_size1", parity_model, tmp_path / "theirs")
+    for result, on_policy in ((ours, False), (theirs, True)):
+        logged = [line["clip_ratio/region_mean"] for line in result.lines]
+        assert logged[:2] == [0.0, 0.0]  # replayed at once
+        assert (logged[2:] == [0.0, 0.0]) is on_policy
+    rows = ours.recorder.micro_batches[2].take(range(4, 8))
+    then = ours.recorder.micro_batches[1].take(range(4))
+    torch.testing.assert_close(rows.old_logps, then.old_logps, rtol=0, atol=1e-5)
+
+
+def test_replay_buffer_equals_the_reference():
+    data = load("replay_buffer_function")
+    buffer = ReplayBuffer(data["max_size"])
+    for expected in data["expected"]["log"]:
+        for score, item in expected["added"]:
+            buffer.push(score, item)
+        assert [[score, item] for score, _, item in buffer.entries()] == expected["held_after"]
+        assert buffer.sampling_probabilities().tolist() == pytest.approx(expected["sampling_probability"], abs=1e-7)

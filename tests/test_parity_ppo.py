@@ -19,7 +19,7 @@ from .conftest import PARITY
 from .helpers_online import Recorder
 from .helpers_parity import close, differing_weights, noise_of
 
-CASES = sorted(path.stem for path in (PARITY / "cases").glob("ppo_*.json"))
+CASES = sorted(path.stem for path in (PARITY / "ppo").glob("ppo_*.json"))
 # At the start the critic equals the reward model, so that its error at the place after the end of sequence is 0 but for
 # rounding. Adam makes a step of full length out of that rounding, where no other gradient reaches the weight. The
 # reference pads all micro-batches to one width and rounds alike each time; trl-core does not. In double precision the
@@ -32,7 +32,7 @@ NOT_COMPARED = {
 
 def run(case, models, folder, **options):
     """Train; the options are those of the record, and no clipping of gradients: the reference's loop has none."""
-    data = json.loads((PARITY / "cases" / f"{case}.json").read_text())
+    data = json.loads((PARITY / "ppo" / f"{case}.json").read_text())
     config = get_config("ppo")
     known = {f.name for f in dataclasses.fields(config)}
     given = {name: value for name, value in data["algorithm_arguments"].items() if name in known}

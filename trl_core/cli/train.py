@@ -237,7 +237,9 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     trainer_class = composition.trainer_class
     rewarded = "reward_funcs" in inspect.signature(trainer_class).parameters
     _check_data(values)
-    needed = {"model": True, "dataset": not values.get("datasets"), "reward_funcs": rewarded}
+    # An algorithm may take its rewards in an argument of its own, as PPO does.
+    scored = any(values.get(name) for name in composition.arguments if name.startswith("reward_"))
+    needed = {"model": True, "dataset": not values.get("datasets"), "reward_funcs": rewarded and not scored}
     for name in (name for name, asked in needed.items() if asked):
         mend = f"Give --{name}, or `{name}:` in the file of --config. {help_of(_field(name))}"
         require(bool(values.get(name)), f"No {name} is given.", mend)
@@ -247,7 +249,7 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
         what = f"formatting_func: {values['formatting_func']!r} is no function."
         require(callable(extra["formatting_func"]), what, help_of(_field("formatting_func")))
     if rewarded:
-        extra["reward_funcs"] = [_reward(spec) for spec in values["reward_funcs"]]
+        extra["reward_funcs"] = [_reward(spec) for spec in values.get("reward_funcs") or []]
     if values.get("peft") is not None:
         extra["peft_config"] = _adapter(values["peft"], "SEQ_CLS" if trainer_class.new_head == "score" else "CAUSAL_LM")
     # Who names rows for evaluation wants one; transformers would never make it.

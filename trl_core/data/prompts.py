@@ -12,9 +12,24 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DatasetError
 
-_FORM = 'a string, or a list of {"role": ..., "content": ...} messages that ends with a user or tool turn'
+_FORM = (
+    'a string, or a list of {"role": ..., "content": ...} messages that ends with a user or tool turn; in place of '
+    "the column, 'input_ids' may hold token ids"
+)
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns that go to the chat template of their row."""
+TOKENS = "input_ids"
+"""Column that may take the place of `prompt`, with tokenised prompts."""
+
+
+def prompt_of(row: dict[str, Any]) -> Any:
+    """The prompt of a dataset row; its token ids where it has no `prompt`."""
+    return row.get(TOKENS if TOKENS in row and "prompt" not in row else "prompt")
+
+
+def is_tokenised(prompt: Any) -> bool:
+    """Whether a prompt is a non-empty list of token ids."""
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(token, int) for token in prompt)
 
 
 def is_conversational(prompt: Any) -> bool:
@@ -36,8 +51,9 @@ def expect(condition: bool, where: str, column: str, value: Any, expected: str) 
 
 
 def check_prompt(prompt: Any, row: int | str, split: str) -> None:
-    """Raise `DatasetError` unless the prompt has one of the two forms."""
-    expect(isinstance(prompt, str) or is_conversational(prompt), f"Row {row} of {split}", "prompt", prompt, _FORM)
+    """Raise `DatasetError` unless the prompt is text, messages or token ids."""
+    fits = isinstance(prompt, str) or is_conversational(prompt) or is_tokenised(prompt)
+    expect(fits, f"Row {row} of {split}", "prompt", prompt, _FORM)
 
 
 def check_kind(dataset: Any, split: str) -> None:
@@ -62,10 +78,12 @@ def check_dataset(
         template_kwargs: options of the chat template.
 
     Raises:
-        DatasetError: no dataset, no column `prompt`, no row, a row of another form, or a prompt over the limit.
+        DatasetError: no dataset, neither a column `prompt` nor `input_ids`, no row, a row of another form, or a prompt
+            over the limit.
     """
     check_kind(dataset, split)
-    if dataset.column_names is not None and "prompt" not in dataset.column_names:
+    column = TOKENS if TOKENS in (dataset.column_names or ()) and "prompt" not in dataset.column_names else "prompt"
+    if dataset.column_names is not None and column not in dataset.column_names:
         raise DatasetError(
             f"{split} has no column 'prompt'; its columns are {dataset.column_names}. Expected in 'prompt': {_FORM}.",
             mend="Rename the column: dataset.rename_column('...', 'prompt').",
@@ -74,7 +92,7 @@ def check_dataset(
         return
     if len(dataset) == 0:
         raise DatasetError(f"{split} is empty.", mend="Check how it was loaded or filtered.")
-    for row, prompt in enumerate(dataset["prompt"]):
+    for row, prompt in enumerate(dataset[column]):
         check_prompt(prompt, row, split)
         if limit is not None and _bytes(prompt) > limit:
             check_length(prompt, row, split, tokenizer, limit, {**template_kwargs, **_row_kwargs(dataset, row)})
@@ -115,6 +133,8 @@ def _without_none(value: Any) -> Any:
 
 def _bytes(prompt: Any) -> int:
     """Upper bound of the tokens of a prompt's text: no tokenizer makes more tokens than bytes (plus the template's)."""
+    if is_tokenised(prompt):
+        return len(prompt)
     text = prompt if isinstance(prompt, str) else "".join(str(m["content"]) for m in prompt)
     return len(text.encode()) + (16 if isinstance(prompt, str) else 64 + 32 * len(prompt))
 
@@ -140,16 +160,23 @@ def render(prompt: Any, tokenizer: PreTrainedTokenizerBase, template_kwargs: dic
     """Token ids of a prompt.
 
     Messages go through the chat template as a whole, with the generation prompt; a final assistant message is
-    continued instead. Text gets the tokenizer's own special tokens.
+    continued instead. Text gets the tokenizer's own special tokens. Token ids stay as they are.
 
     Raises:
         DatasetError: messages, but the tokenizer has no chat template, or the template fails on them.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
+    if is_tokenised(prompt):
+        return list(prompt)
     continued = prompt[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not continued, "continue_final_message": continued}
     return list(apply_template(prompt, tokenizer, {**template_kwargs, **options})["input_ids"])
+
+
+def readable(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A prompt as rewards and logs get it: token ids as their text without special tokens, all else as it is."""
+    return tokenizer.decode(prompt, skip_special_tokens=True) if is_tokenised(prompt) else prompt
 
 
 def apply_template(

@@ -70,7 +70,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The given tokenizer, or the one saved beside the model; its pad token falls back to the terminator.
 
-    `customize` may give it other special tokens before that.
+    So does a pad token that was added to the tokenizer alone and has no embedding. `customize` may give it other
+    special tokens before that.
 
     Raises:
         ConfigError: there is none, or it has neither pad nor end-of-sequence token.
@@ -92,6 +93,15 @@ def load_tokenizer(
                 "The tokenizer has neither a pad token nor an end-of-sequence token.",
                 mend="Set processing_class.eos_token (and preferably pad_token).",
             )
+        tokenizer.pad_token = tokenizer.eos_token
+    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if tokenizer.pad_token_id >= known and tokenizer.eos_token_id is not None:
+        logger.warning(
+            "The model has no embedding for the pad token %r (%d of %d); the end-of-sequence token is used instead.",
+            tokenizer.pad_token,
+            tokenizer.pad_token_id,
+            known,
+        )
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerBase, tokenizer)
 

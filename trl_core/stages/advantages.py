@@ -11,8 +11,11 @@ EPSILON = 1e-4
 """Added to every standard deviation that divides an advantage."""
 
 
+# Statistics are formed in double precision: there the mean of equal float32 rewards is exactly their value, so that a
+# group without any difference has deviation 0 and advantage 0, not a rounding error divided by another.
 def _nan_std(values: Tensor, dim: int | None, correction: int) -> Tensor:
-    """Standard deviation over the finite entries; NaN where fewer than `correction + 1` remain."""
+    """Standard deviation over the finite entries, float64; NaN where fewer than `correction + 1` remain."""
+    values = values.double()
     present = ~torch.isnan(values)
     count = present.sum() if dim is None else present.sum(dim)
     mean = torch.nanmean(values) if dim is None else torch.nanmean(values, dim, keepdim=True)
@@ -23,7 +26,7 @@ def _nan_std(values: Tensor, dim: int | None, correction: int) -> Tensor:
 
 def group_std(rows: TokenRows, reward: Tensor, keep: Tensor | None = None) -> Tensor:
     """(P,) sample standard deviation of each group's scored (and kept) rewards; NaN where fewer than two."""
-    return _nan_std(rows.by_group(_masked(reward, keep)), 1, 1)
+    return _nan_std(rows.by_group(_masked(reward, keep)), 1, 1).float()
 
 
 def _masked(reward: Tensor, keep: Tensor | None) -> Tensor:
@@ -47,14 +50,14 @@ def group_advantages(
     Returns:
         (N,) float32.
     """
-    reward = _masked(reward, keep)
+    reward = _masked(reward, keep).double()
     grid = rows.by_group(reward)
     advantage = grid - torch.nanmean(grid, 1, keepdim=True)
     if scale == "group":
         advantage = advantage / (torch.nan_to_num(_nan_std(grid, 1, correction))[:, None] + EPSILON)
     elif scale == "batch":
         advantage = advantage / (torch.nan_to_num(_nan_std(reward, None, correction)) + EPSILON)
-    return torch.nan_to_num(rows.flat(advantage))
+    return torch.nan_to_num(rows.flat(advantage)).float()
 
 
 def normalize_then_sum(rows: TokenRows, rewards: Tensor, weights: Tensor, keep: Tensor | None = None) -> Tensor:

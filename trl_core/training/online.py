@@ -240,7 +240,7 @@ class OnlineTrainer(RolloutSteps):
         samples.notes = {name.removeprefix("notes."): values for name, values in gathered.items()}
 
     def _parts(self, rows: Samples) -> list[Samples]:
-        """As many rows at a time as go through a model; where there are none, one without loss tokens, to name notes."""
+        """As many rows at a time as go through a model; without any, one that has no loss tokens, to name notes."""
         if not rows.num_rows:
             return [_placeholder(self.pad_token_id, ()).to(self.args.device)]
         starts = range(0, rows.num_rows, self.rows_per_forward)

@@ -127,19 +127,19 @@ class RolloutSteps(CoreTrainer):
         own = self._share(len(rows) * generations)
         mine = [rows[i // generations] for i in own]
         for row, i in zip(mine, own, strict=True):
-            prompt_data.check_prompt(row.get("prompt"), i // generations, "the dataset")
+            prompt_data.check_prompt(prompt_data.prompt_of(row), i // generations, "the dataset")
         template = as_dict(self.args.chat_template_kwargs)
         rendered: dict[int, list[int]] = {}
         for i, row in zip(own, mine, strict=True):
             if i // generations not in rendered:
                 arguments = {**template, **prompt_data.template_arguments(row)}
-                ids = prompt_data.render(row["prompt"], self.processing_class, arguments)
+                ids = prompt_data.render(prompt_data.prompt_of(row), self.processing_class, arguments)
                 # Streams are not looked through before training.
                 prompt_data.check_tokens(len(ids), i // generations, "a generation batch", self.prompt_limit)
                 rendered[i // generations] = ids
         prompts = Prompts(
             ids=[rendered[i // generations] for i in own],
-            raw=[row["prompt"] for row in mine],
+            raw=[prompt_data.readable(prompt_data.prompt_of(row), self.processing_class) for row in mine],
             group=torch.tensor([i // generations for i in own], dtype=torch.long),
         )
         start = time.perf_counter()
