@@ -142,6 +142,20 @@ def test_extra_models_must_be_modules(tmp_path, given, why):
         make_trainer(tmp_path, trainer={"callbacks": [Critic(**given)]})
 
 
+def test_given_optimizer_must_have_the_extra_model(tmp_path):
+    model, critic = tiny_model(), Critic()
+    parameters = [*model.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    arguments = {"model": model, "callbacks": [critic], "optimizers": (optimizer, None)}
+    with pytest.raises(ConfigError, match="not all parameters of 'critic'"):
+        make_trainer(tmp_path, trainer=arguments)
+    both = torch.optim.SGD([*parameters, *critic.given["critic"].parameters()], lr=0.1)
+    trainer = make_trainer(tmp_path, trainer=arguments | {"optimizers": (both, None)})
+    critic.models, before = trainer.context.models, flat(trainer.extra_models["critic"])
+    trainer.train()
+    assert not torch.equal(flat(trainer.extra_models["critic"]), before)
+
+
 def test_two_extra_models_of_one_name_are_refused(tmp_path):
     with pytest.raises(HookResultError, match="'critic' twice"):
         make_trainer(tmp_path, trainer={"callbacks": [Critic(), Critic()]})

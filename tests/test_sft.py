@@ -495,3 +495,10 @@ def test_special_tokens_and_template_are_replaced(tmp_path):
     )
     assert trained_tokens(trainer)[1] == ";three;"
     assert trainer.processing_class.eos_token == "<|im_end|>"
+
+
+def test_special_tokens_are_no_secret_and_tokens_of_the_hub_are(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), eos_token="<|im_end|>", hub_token="hf_secret", use_cpu=True)
+    shown = config.to_dict()
+    assert shown["eos_token"] == "<|im_end|>" and shown["pad_token"] is None
+    assert "hf_secret" not in config.to_json_string()

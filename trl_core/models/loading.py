@@ -123,7 +123,7 @@ def load_classifier(
     outputs = getattr(config, "num_labels", 1 if one else None)
     if outputs != 1:
         raise ConfigError(
-            f"The reward model has {outputs} outputs; a score is one number.",
+            f"The reward or value model has {outputs} outputs; a score is one number.",
             mend="Train one with one output: from_pretrained(..., num_labels=1), or start from a language model.",
         )
     return load_policy(

@@ -170,6 +170,7 @@ class CoreTrainer(CheckpointedTrainer):
                 mend="Use plain data parallelism (accelerate launch), with an adapter if memory is short.",
             )
         for name, module in self.extra_models.items():
+            self._check_given_optimizer(name, module)
             self.context.models[name] = self.accelerator.prepare_model(module)
         # Sampling must differ between processes; everything else is seeded on its own.
         set_seed(args.seed, device_specific=True)
@@ -288,8 +289,8 @@ class CoreTrainer(CheckpointedTrainer):
         for module in models.values():
             if args.disable_dropout:
                 disable_dropout(module)
-            if args.activation_checkpointing and hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable()  # type: ignore[operator]
+            if args.activation_checkpointing and hasattr(module, "activation_checkpointing_enable"):
+                module.activation_checkpointing_enable()  # type: ignore[operator]
         return models
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -306,6 +307,15 @@ class CoreTrainer(CheckpointedTrainer):
                         {"params": chosen, "weight_decay": self.args.weight_decay if decay else 0.0}
                     )
         return optimizer
+
+    def _check_given_optimizer(self, name: str, module: nn.Module) -> None:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        known = {id(parameter) for group in groups for parameter in group["params"]}
+        if groups and any(p.requires_grad and id(p) not in known for p in module.parameters()):
+            raise ConfigError(
+                f"The given optimizer has not all parameters of {name!r}, which would then not be trained.",
+                mend="Leave optimizers out, or build one that has them; a module you pass has its parameters already.",
+            )
 
     def _with_extra_models(self, model: nn.Module) -> nn.Module:
         return nn.ModuleList([model, *self.extra_models.values()]) if self.extra_models else model

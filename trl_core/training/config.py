@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,15 @@ class CoreConfig(TrainingArguments):
             "Set per_device_train_batch_size yourself; raise gradient_accumulation_steps to keep the batch.",
         )
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options; transformers takes every name that ends in "_token" for a secret, but ours are none."""
+        given: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
+        return {
+            name: getattr(self, name) if name.endswith("_token") and name not in theirs else value
+            for name, value in given.items()
+        }
 
 
 def as_dict(value: Any) -> dict[str, Any]:
