@@ -25,7 +25,8 @@ PACKAGES = [CORE, *(package for plugin in PLUGINS for package in plugin.glob("tr
 # The online half is about 4,000 lines with command line and kit; the offline family (data, layouts, losses, trainers)
 # added about 2,300; models beside the policy and notes about rows, for PPO, about 250.
 CORE_BUDGET = 6800
-PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 750, "trl_replay": 150}
+# Of trl_ppo the classic API is 555.
+PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 950, "trl_replay": 150}
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.

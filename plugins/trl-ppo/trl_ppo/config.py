@@ -24,13 +24,16 @@ class PPOOptions(OnlineConfig):
     disable_dropout: bool = option(True, "Set every dropout probability to 0, so that log-probabilities agree.")
     temperature: float = option(0.7, "Sampling temperature; every log-probability is computed at it as well.")
     num_generations: int = option(1, "Completions per prompt.")
-    loss_type: str = option("bnpo", "How the policy term is averaged: 'bnpo', over the tokens of each micro-batch, ...")
+    loss_type: str = option(
+        "bnpo",
+        "How the policy term is averaged: bnpo, over the tokens of a micro-batch; or dapo, grpo, dr_grpo, luspo.",
+    )
     response_length: int = option(53, "W, most tokens of a completion.")
     max_completion_length: int | None = option(None, "The core's name of response_length; give one of them.")  # type: ignore[assignment]
     num_ppo_epochs: int = option(4, "How often each batch is trained on.")
     num_iterations: int | None = option(None, "The core's name of num_ppo_epochs; give one of them.")  # type: ignore[assignment]
     num_mini_batches: int = option(1, "Parts of a batch, with an optimizer step after each.")
-    total_episodes: int | None = option(None, "Completions to generate in all; sets max_steps.")
+    total_episodes: int | None = option(None, "Completions to generate in all; sets max_steps.", resume=False)
     kl_coef: float = option(0.05, "Weight of the KL penalty in the reward of each token; 0 loads no reference model.")
     kl_estimator: str = option("k1", "'k1', the log-ratio, or 'k3', never negative.")
     cliprange: float = option(0.2, "Clip width of the ratio.")
@@ -68,10 +71,19 @@ class PPOOptions(OnlineConfig):
     def __post_init__(self) -> None:
         self._same("response_length", "max_completion_length", 53)
         self._same("num_ppo_epochs", "num_iterations", 4)
+        for name in (
+            "num_mini_batches",
+            "total_episodes",
+            "local_rollout_forward_batch_size",
+            "num_sample_generations",
+        ):
+            value, least = getattr(self, name), int(name != "num_sample_generations")
+            require(value is None or value >= least, f"{name}={value} is below {least}.", f"Give at least {least}.")
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self._split_batch()
         require_choice(self, "kl_estimator", ("k1", "k3"))
         require_choice(self, "stop_token", (None, "eos"))
+        require_choice(self, "loss_type", ("bnpo", "dapo", "grpo", "dr_grpo", "luspo"))
         require(
             self.stop_token is None or self.stop_token_id is None,
             "stop_token and stop_token_id are both given.",

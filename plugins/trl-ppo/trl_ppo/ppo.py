@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_core import Algorithm, HookContext, Rollouts, Samples, hookimpl
+from trl_core import Algorithm, HookContext, Rollouts, Samples, hookimpl, stages
 from trl_core.models import load_classifier, token_values
-from trl_core.stages import PolicyLossOptions, TokenMean, policy_loss
 
 from .config import PPOOptions
 from .estimates import gae, kl_estimate, value_loss, whiten
@@ -27,7 +26,7 @@ class PPO:
         self.given = context.arguments[CRITIC]
         if self.given is None:
             context.token_statistics.add("states")
-        self.clip = PolicyLossOptions(loss_type="bnpo", epsilon=self.args.cliprange)
+        self.clip = stages.PolicyLossOptions(loss_type="bnpo", epsilon=self.args.cliprange)
 
     # -- the critic -----------------------------------------------------------------------------------------------
     @hookimpl
@@ -35,8 +34,8 @@ class PPO:
         """The critic: a network of its own, or a linear head on the policy's last hidden states that starts at 0."""
         if self.given is not None:
             return {CRITIC: load_classifier(self.given, None, self.args.trust_remote_code)}
-        config: Any = policy.config
-        head = nn.Linear(config.get_text_config().hidden_size, 1)
+        model: Any = policy
+        head = nn.Linear(model.get_output_embeddings().weight.shape[-1], 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return {CRITIC: head}
@@ -70,6 +69,7 @@ class PPO:
     @hookimpl
     def advantages(self, rollouts: Rollouts, keep: Tensor) -> Tensor:
         args, notes = self.args, rollouts.notes
+        keep = keep & ~rollouts.reward.isnan()  # in evaluation nothing is left out before
         row, kept = rollouts.row_of_token, keep[rollouts.row_of_token]
         column = torch.arange(len(row)) - (torch.cumsum(rollouts.lengths, 0) - rollouts.lengths)[row]
         last, ends = _is_last(rollouts), ~notes["end_values"].isnan() & kept
@@ -137,10 +137,10 @@ class PPO:
         return logps - samples.old_logps
 
     @hookimpl
-    def loss_terms(self, samples: Samples, logps: Tensor, log_ratio: Tensor) -> dict[str, Tensor | TokenMean]:
+    def loss_terms(self, samples: Samples, logps: Tensor, log_ratio: Tensor) -> dict[str, Tensor | stages.TokenMean]:
         args, notes, advantages = self.args, samples.notes, samples.advantages
         assert samples.old_logps is not None and samples.entropy is not None
-        policy = policy_loss(samples, advantages, logps, samples.old_logps, log_ratio, self.clip)
+        policy = stages.policy_loss(samples, advantages, logps, samples.old_logps, log_ratio, self.clip)
         values, after = self._values(samples)
         ends = ~notes["end_values"].isnan()
         values = torch.cat([values, after[samples.row_of_token[ends]]])
@@ -161,7 +161,7 @@ class PPO:
             for name, entries in found.items():
                 self.context.log(name, entries.mean(), entries.numel())
             self.context.log("val/ratio_var", ratio.mean(), ratio.numel(), reduce="variance")
-        return {"policy": policy, "value": TokenMean(args.vf_coef * errors)}
+        return {"policy": policy, "value": stages.TokenMean(args.vf_coef * errors)}
 
 
 def _is_last(rows: Samples | Rollouts) -> Tensor:
@@ -178,7 +178,7 @@ algorithm = Algorithm(
     hooks=PPO,
     arguments={
         "reward_model": "sequence classifier with the policy's tokenizer (id, path or module), or a reward function",
-        "value_model": "critic: a sequence classifier with one output (id, path, module); default: a head on the policy",
+        "value_model": "critic, a sequence classifier with one output (id, path or module); else a head on the policy",
     },
     trainer="trl_ppo.trainer:PPOTrainer",
     config_name="PPOConfig",

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from trl_core import OnlineTrainer, TokenRows
-from trl_core.errors import ConfigError
-from trl_core.models import disable_dropout, load_classifier, row_scores
+from trl_core import OnlineTrainer, TokenRows, errors
+from trl_core.models import load_classifier, row_scores
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,6 @@ class RewardModel:
 
     def __init__(self, model: Any, args: Any) -> None:
         self.model: Any = load_classifier(model, None, args.trust_remote_code).to(args.device)
-        disable_dropout(self.model)
         self.model.requires_grad_(False).eval()
         self.rows_at_a_time = args.local_rollout_forward_batch_size
         self.__name__ = "reward_model"
@@ -37,9 +35,10 @@ class RewardModel:
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
         """One score per row, read at its last token."""
         largest = max(max(row) for rows in (prompt_ids, completion_ids) for row in rows if row)
-        if largest >= self.model.config.vocab_size:
-            raise ConfigError(
-                f"The reward model knows {self.model.config.vocab_size} tokens; the policy sampled number {largest}.",
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if largest >= known:
+            raise errors.ConfigError(
+                f"The reward model knows {known} tokens, but number {largest} is in a prompt or was sampled.",
                 mend="Pass a reward model with another tokenizer in reward_funcs: there it scores the text.",
             )
         rows = TokenRows.from_lists(prompt_ids, completion_ids).to(next(self.model.parameters()).device)
@@ -88,16 +87,15 @@ class PPOTrainer(OnlineTrainer):
         **more: Any,
     ) -> None:
         args = self._checked_args(args)
-        if value_model is not None and any(
-            value_model is other for other in (model, reward_model, more.get("ref_model"))
-        ):
-            raise ConfigError(
-                "value_model is also the policy, the reward model or the reference, which would then be trained too.",
+        listed = [] if reward_funcs is None else reward_funcs
+        listed = list(listed) if isinstance(listed, list | tuple) else [listed]
+        others = (model, reward_model, more.get("ref_model"), *listed)
+        if isinstance(value_model, nn.Module) and any(value_model is other for other in others):
+            raise errors.ConfigError(
+                "value_model is also the policy, a reward model or the reference, which would then be trained too.",
                 mend="Load it again, or pass its path.",
             )
         if reward_model is not None:
-            listed = [] if reward_funcs is None else reward_funcs
-            listed = list(listed) if isinstance(listed, list | tuple) else [listed]
             own = RewardModel(reward_model, args) if isinstance(reward_model, str | nn.Module) else reward_model
             reward_funcs = [own, *listed]
         super().__init__(
@@ -111,7 +109,7 @@ class PPOTrainer(OnlineTrainer):
                 "behind an end of sequence. Set stop_token='eos' to stop there.",
                 args.response_length,
             )
-        self._started = time.perf_counter()
+        self._began = (time.perf_counter(), 0)
 
     def find_terminators(self, tokenizer: Any, policy: nn.Module, args: Any) -> tuple[int, ...]:
         """Those that the options name; by default none."""
@@ -126,7 +124,17 @@ class PPOTrainer(OnlineTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also under the names of TRL: learning rate, episodes so far, and episodes per second of this process."""
         if "learning_rate" in logs:
-            episodes = self.generations * self.args.generation_batch_size
-            rate = episodes / (time.perf_counter() - self._started)
-            logs = {**logs, "lr": logs["learning_rate"], "episode": episodes, "eps": rate}
+            start, done = self._began
+            batch = self.args.generation_batch_size
+            rate = (self.generations - done) * batch / (time.perf_counter() - start)
+            logs = {**logs, "lr": logs["learning_rate"], "episode": self.generations * batch, "eps": rate}
         super().log(logs, start_time)
+
+    def load_state_of_run(self, state: dict[str, Any]) -> None:
+        super().load_state_of_run(state)
+        self._began = (time.perf_counter(), self.generations)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Evaluate on `eval_dataset`, if there is one: what TRL's scripts call at their end."""
+        if self.eval_dataset is not None:
+            self.evaluate()
