@@ -18,8 +18,9 @@ STEPS ?=
 SEED ?= 0
 DEMO_OPTIONS = --model $(MODEL) --seed $(SEED) $(if $(TASK),--task $(TASK)) $(if $(STEPS),--steps $(STEPS))
 
-# More options for pytest: make test ARGS="-k discovery -x"
+# More options for pytest: make test ARGS="-k discovery -x"; WORKERS=0 runs the tests in this process, one by one.
 ARGS ?=
+WORKERS ?= 2
 # Tests never reach for the network, and give the same result each time.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
 
@@ -32,10 +33,10 @@ demo: $(STAMP)  ## Train a real model on a real task (MODEL, TASK, STEPS and SEE
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python examples/demo/run.py $(DEMO_OPTIONS)
 
 test: $(STAMP)  ## Run the tests of the core and of every plugin, except the slow ones.
-	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(STAMP)  ## The same, the last failures first, and stop at the first failure.
-	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" --failed-first --exitfirst $(ARGS)
+	@$(MAKE) --no-print-directory test ARGS='--failed-first --exitfirst $(ARGS)'
 
 test-slow: $(STAMP)  ## Run only the slow tests.
 	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) || [ $$? = 5 ]  # 5: there is none
