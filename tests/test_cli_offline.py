@@ -340,7 +340,6 @@ def test_data_that_do_not_fit_are_refused(lines, expected, refused, mixture):
         ("sft", ["--reward_funcs", "functions.py:text"], "there is no option 'reward_funcs'"),
         ("sft", ["--loss_weights", "1"], "there is no option 'loss_weights'"),
         ("grpo", ["--formatting_func", "functions.py:text"], "there is no option 'formatting_func'"),
-        ("sft", ["--ref_model", "model"], "there is no option 'ref_model'"),
         ("dpo", ["--formatting_func", "functions.py:text"], "there is no option 'formatting_func'"),
         ("sft", ["--formatting_func", "functions.py:txt"], "functions.py has no 'txt'. Did you mean 'text'?"),
         ("sft", ["--formatting_func", "text"], "formatting_func: 'text' is no function"),

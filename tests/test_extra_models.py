@@ -82,6 +82,17 @@ def test_extra_model_decays_and_is_scheduled_like_the_policy(tmp_path):
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0}
 
 
+def test_extra_model_may_have_a_learning_rate_of_its_own(tmp_path):
+    trainer, _ = with_critic(tmp_path, lr_scheduler_type="linear", optim="sgd", max_grad_norm=0.0)
+    trainer.context.learning_rates["critic"] = 0.0
+    before = flat(trainer.extra_models["critic"]), weights(trainer)
+    trainer.train()
+    assert torch.equal(flat(trainer.extra_models["critic"]), before[0])
+    assert not torch.equal(weights(trainer), before[1])
+    rates = [line["learning_rate"] for line in log_lines(trainer)]
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])  # the policy's
+
+
 def test_gradients_are_clipped_over_all_models_together(tmp_path):
     trainer, _ = with_critic(tmp_path, max_grad_norm=1e-3, learning_rate=0.0)
     norms = []

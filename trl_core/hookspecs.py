@@ -173,6 +173,7 @@ class HookContext:
         process_index: number of this process.
         training: False while evaluating.
         models: the models of `extra_models`, ready to be called.
+        learning_rates: of extra models by name, where they differ from the policy's; set it when the hooks are made.
         token_statistics: what these hooks need to know of each token besides its log-probability, beyond what the
             options ask for (`args.token_statistics`); add to it when they are made. "states": the hidden states.
     """
@@ -185,6 +186,7 @@ class HookContext:
         self.process_index = 0
         self.training = True
         self.models: dict[str, nn.Module] = {}
+        self.learning_rates: dict[str, float] = {}
         self.token_statistics: set[str] = set()
         self._log: Callable[..., None] | None = None
         self._gather: Callable[[Tensor], Tensor] | None = None

@@ -295,17 +295,16 @@ class CoreTrainer(CheckpointedTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `transformers.Trainer`, for the extra models too."""
-        given = self.optimizer is not None
+        models = {} if self.optimizer is not None else self.extra_models
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        for module in [] if given else self.extra_models.values():
+        for model_name, module in models.items():
+            rate = self.context.learning_rates.get(model_name, self.args.learning_rate)
             decayed = set(self.get_decay_parameter_names(module))
             named = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
-            for decay in (True, False):
-                chosen = [value for name, value in named if (name in decayed) is decay]
+            for decays, decay in ((True, self.args.weight_decay), (False, 0.0)):
+                chosen = [value for name, value in named if (name in decayed) is decays]
                 if chosen:
-                    optimizer.add_param_group(
-                        {"params": chosen, "weight_decay": self.args.weight_decay if decay else 0.0}
-                    )
+                    optimizer.add_param_group({"params": chosen, "weight_decay": decay, "lr": rate})
         return optimizer
 
     def _check_given_optimizer(self, name: str, module: nn.Module) -> None:

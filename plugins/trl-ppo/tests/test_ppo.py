@@ -423,6 +423,18 @@ def test_with_lambda_0_an_advantage_is_the_error_of_one_step(tmp_path):
     assert torch.cat(split(rows, rows.advantages)).tolist() == close(whiten(inside).tolist(), 1e-4)
 
 
+def test_critic_may_have_a_learning_rate_of_its_own(tmp_path):
+    def train(folder, **options):
+        trainer = make_trainer(tmp_path / folder, max_steps=1, optim="sgd", **options)
+        trainer.train()
+        head = trainer.extra_models["value_model"]
+        return torch.cat([head.weight.detach().flatten(), head.bias.detach()]), trainer.model.state_dict()
+
+    same, tenfold = train("same"), train("tenfold", value_learning_rate=0.1)
+    assert torch.allclose(tenfold[0], 10 * same[0], atol=1e-7) and bool(same[0].any())
+    assert all(torch.equal(value, tenfold[1][name]) for name, value in same[1].items())
+
+
 def test_values_are_the_critics_before_each_token_and_after_the_last(tmp_path):
     critic = tiny_classifier(seed=3)
     completions = rows_of(3, 6, 1, 5)

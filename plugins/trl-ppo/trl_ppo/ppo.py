@@ -26,6 +26,8 @@ class PPO:
         self.given = context.arguments[CRITIC]
         if self.given is None:
             context.token_statistics.add("states")
+        if self.args.value_learning_rate is not None:
+            context.learning_rates[CRITIC] = self.args.value_learning_rate
         self.clip = stages.PolicyLossOptions(loss_type="bnpo", epsilon=self.args.cliprange)
 
     # -- the critic -----------------------------------------------------------------------------------------------
