@@ -213,8 +213,7 @@ def test_grpo_with_reference_and_adaptive_entropy_conforms(check, tmp_path):
 @pytest.mark.parametrize("base", SOUND)
 def test_sound_plugin_passes_every_check(base, packages, tmp_path):
     found = outcomes(install(packages, f"sound_{base}", base=base), tmp_path)
-    skipped = {"check_layout_does_not_matter"} if base == "grpo" else set()
-    assert {name for name, error in found.items() if error is not None} == skipped
+    assert {name for name, error in found.items() if error is not None} == set()
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

@@ -180,8 +180,6 @@ def check_micro_batches_do_not_matter(subject: Subject, folder: Path) -> None:
 def check_layout_does_not_matter(subject: Subject, folder: Path) -> None:
     """However the rows of a micro-batch are laid out for the model, the step is the same."""
     _first(check_same_seed_gives_same_weights, subject, folder)
-    if subject.online:
-        raise SkipTest(f"{subject.name} is trained online, where rows are laid out in one way only.")
     mend = "Take log-probabilities and scores from the core, which knows where a row's tokens are."
     _require_same_steps(subject, folder, LAYOUTS, mend)
 

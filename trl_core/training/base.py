@@ -158,6 +158,7 @@ class CoreTrainer(CheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.layouts = self._make_layouts(self.model)
         # The aggregation already weights tokens for accumulation; the loop must not divide again.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
@@ -271,9 +272,12 @@ class CoreTrainer(CheckpointedTrainer):
             policy, new_adapter=new_adapter, given=given, separate=separate, layouts=self._make_layouts
         )
 
-    def _make_layouts(self, model: nn.Module) -> Layouts | None:
-        """How rows are laid out for a model; here padded."""
-        return None
+    def _make_layouts(self, model: nn.Module) -> Layouts:
+        """How rows are laid out for a model."""
+        args = self.context.args
+        return Layouts(
+            model, share_prompts=args.share_prompts, one_line=args.padding_free, multiple=args.pad_to_multiple_of
+        )
 
     # -- extra models ---------------------------------------------------------------------------------------------
     def _make_extra_models(self, policy: nn.Module, args: Any) -> dict[str, nn.Module]:
@@ -367,6 +371,11 @@ class CoreTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     # -- the loss -------------------------------------------------------------------------------------------------
+    @property
+    def exact_layouts(self) -> Layouts | None:
+        """How the policy's rows are laid out: padded while a router's loss, which counts every token, is formed."""
+        return None if self._forward_kwargs() else self.layouts
+
     @property
     def token_statistics(self) -> tuple[str, ...]:
         """What options and hooks need to know of each token besides its log-probability."""

@@ -33,6 +33,20 @@ class CoreConfig(TrainingArguments):
     )
     trust_remote_code: bool = option(False, "Run model code from the Hub. Never on unless you ask.")
     disable_dropout: bool = option(False, "Set every dropout probability to 0.")
+    padding_free: bool = option(
+        False,
+        "Lay the rows of a micro-batch end to end in one line. Otherwise the lines are as long as the longest row; "
+        "rows beside each other never attend to each other either way.",
+        resume=False,
+    )
+    pad_to_multiple_of: int | str | None = option(
+        None, "Round the length of the lines up to a multiple; TRL's 'auto' is None.", resume=False
+    )
+    share_prompts: bool = option(
+        True,
+        "Send the prompt that several rows share through the model once, where that is exact; False never does.",
+        resume=False,
+    )
     on_nonfinite_loss: str = option(
         "stop", "'stop' or 'skip' the micro-batch; its rows are written to <output_dir>/nonfinite.", resume=False
     )
@@ -67,6 +81,8 @@ class CoreConfig(TrainingArguments):
             older = self.gradient_checkpointing
             self.activation_checkpointing = True if older is None else older
             self.gradient_checkpointing = None
+        if self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = None
         require_choice(self, "on_nonfinite_loss", ("stop", "skip"))
         require_choice(self, "resume_check", ("strict", "warn"))
         require(
@@ -111,20 +127,6 @@ class OfflineConfig(CoreConfig):
     remove_unused_columns: bool = option(False, "Not used: columns are chosen when the rows are tokenised.")
     max_length: int | None = option(1024, "Most tokens of prompt and completion together; None for no limit.")
     truncation_mode: str = option("keep_start", "Which end of a row that is too long stays: keep_start or keep_end.")
-    padding_free: bool = option(
-        False,
-        "Lay the rows of a micro-batch end to end in one line. Otherwise the lines are as long as the longest row; "
-        "rows beside each other never attend to each other either way.",
-        resume=False,
-    )
-    pad_to_multiple_of: int | str | None = option(
-        None, "Round the length of the lines up to a multiple; TRL's 'auto' is None.", resume=False
-    )
-    share_prompts: bool = option(
-        True,
-        "Send the prompt that several rows share through the model once, where that is exact; False never does.",
-        resume=False,
-    )
     dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", resume=False)
     router_aux_loss_coef: float | None = option(
         None, "Weight of the load-balancing loss of a mixture of experts; default: the model's own; 0 leaves it out."
@@ -139,8 +141,6 @@ class OfflineConfig(CoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
-        if self.pad_to_multiple_of == "auto":
-            self.pad_to_multiple_of = None
         require_choice(self, "truncation_mode", ("keep_start", "keep_end"))
         require(
             self.max_length is None or self.max_length >= 2,

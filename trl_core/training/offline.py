@@ -16,7 +16,6 @@ from ..batch import Texts, TokenRows
 from ..data import formats
 from ..data.tokenization import prepare_language
 from ..errors import ConfigError
-from ..models.layout import Layouts
 from ..models.loading import customize_tokenizer, load_tokenizer
 from ..models.logprobs import TokenScores, token_logps
 from ..options import require
@@ -95,7 +94,6 @@ class OfflineTrainer(CoreTrainer):
             ref_model=ref_model,
             arguments=arguments,
         )
-        self.layouts = self._make_layouts(self.model)
         require(
             not self.args.router_aux_loss_coef or self._router_coefficient() != 0.0,
             f"router_aux_loss_coef={self.args.router_aux_loss_coef}, but there is no such loss: the model is no "
@@ -198,12 +196,6 @@ class OfflineTrainer(CoreTrainer):
             raise ConfigError("evaluate() needs an eval_dataset.", mend="Pass eval_dataset=...")
         return super().get_eval_dataloader(eval_dataset)
 
-    def _make_layouts(self, model: nn.Module) -> Layouts:
-        args = self.context.args
-        return Layouts(
-            model, share_prompts=args.share_prompts, one_line=args.padding_free, multiple=args.pad_to_multiple_of
-        )
-
     # -- steps ----------------------------------------------------------------------------------------------------
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
         """Count the tokens of an optimizer step over all processes, for the denominators."""
@@ -251,15 +243,13 @@ class OfflineTrainer(CoreTrainer):
 
     def score(self, model: Any, rows: TokenRows, *statistics: str) -> TokenScores:
         """Log-probabilities of a micro-batch's loss tokens, in the layout with the fewest tokens that is exact."""
-        router = self._forward_kwargs()
         return token_logps(
             model,
             rows,
             pad_token_id=self.pad_token_id,
             statistics=tuple(dict.fromkeys((*statistics, *self.token_statistics))),
-            forward_kwargs=router,
-            # The load-balancing loss counts every token, also those that rows share.
-            layouts=None if router else self.layouts,
+            forward_kwargs=self._forward_kwargs(),
+            layouts=self.exact_layouts,
         )
 
     def batch_loss(self, model: Any, rows: Any, accumulation: int) -> tuple[Tensor, Any]:

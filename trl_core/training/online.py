@@ -227,6 +227,7 @@ class OnlineTrainer(RolloutSteps):
                         pad_token_id=self.pad_token_id,
                         temperature=self.args.temperature,
                         statistics=asked,
+                        layouts=self.exact_layouts,
                     )
                     rows.old_logps, rows.states, rows.last_states = scores.logps, scores.states, scores.last_states
                     found.setdefault("old_logps", []).append(scores.logps.cpu())
@@ -293,6 +294,8 @@ class OnlineTrainer(RolloutSteps):
         in_slice = (mine // per_slice == slice_index).nonzero().flatten()
         in_slice = in_slice[torch.argsort(mine[in_slice])]
         own = in_slice.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+        # Side by side, rows of a group share their prompt. What their order is changes nothing else.
+        own = own[torch.argsort(window.samples.group[own], stable=True)]
         return window.samples.take(own).to(args.device)
 
     def _row_order(self, number: int, pass_number: int, rows: int, per_slice: int) -> list[int]:
@@ -335,6 +338,7 @@ class OnlineTrainer(RolloutSteps):
             statistics=("entropy", *self.token_statistics),
             entropy_grad=getattr(args, "entropy_needs_grad", False),
             forward_kwargs=self._forward_kwargs(),
+            layouts=self.exact_layouts,
         )
         logps, output = scores.logps, scores.output
         samples.entropy = scores.statistics["entropy"]
