@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from ..batch import Generated, Prompts, Sampling
+from .decoding import decode, decodes
 
 
 @torch.no_grad()
 def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = None) -> Generated:
     """One completion per row with `model.generate`, in evaluation mode.
+
+    Equal prompts run through the model once, and rows that have ended leave the batch, where that is exact; see
+    `decoding`. The result is that of `model.generate` alone.
 
     Args:
         model: the bare policy (a custom `generate` of its class is used).
@@ -41,8 +46,6 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
         "pad_token_id": sampling.pad_token_id,
         **sampling.extra,
     }
-    kwargs = {"tokenizer": tokenizer} if options.get("stop_strings") else {}
-    config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
     training, model_config, own = model.training, model.config, getattr(model, "generation_config", None)
     router, ends = getattr(model_config, "output_router_logits", None), getattr(own, "eos_token_id", None)
     model.eval()
@@ -51,7 +54,7 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
             model_config.output_router_logits = False
         if own is not None and not sampling.eos_token_ids:  # it would fill in what is None
             own.eos_token_id = None
-        output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **kwargs)
+        output = _generate(model, prompts, {"input_ids": padded, "attention_mask": mask}, options, tokenizer)
     finally:
         model.train(training)
         if router:
@@ -60,6 +63,27 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
             own.eos_token_id = ends
     rows = output[:, padded.shape[1] :]
     return Generated(completion_ids=cut(rows, sampling.eos_token_ids, sampling.pad_token_id))
+
+
+def _generate(
+    model: Any, prompts: Prompts, inputs: dict[str, Tensor], options: dict[str, Any], tokenizer: Any
+) -> Tensor:
+    """(N, L + new tokens) from `model.generate`, with the loop of `decoding` where it applies."""
+    stops = options.get("stop_strings")
+    # `generate` loses the tokenizer where it is given a loop, so stop strings go in as a criterion. Those of the
+    # model's own configuration would come on top.
+    own = getattr(model, "generation_config", None)
+    if decodes(model) and not getattr(own, "stop_strings", None) and (tokenizer is not None or not stops):
+        numbers: dict[tuple[int, ...], int] = {}
+        loop = partial(decode, prompt_of=[numbers.setdefault(tuple(row), len(numbers)) for row in prompts.ids])
+        config = GenerationConfig(**(options | {"stop_strings": None}))  # type: ignore[no-untyped-call]
+        criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stops)] if stops else [])
+        output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=loop)
+        if output is not None:
+            return cast(Tensor, output)
+    config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
+    kwargs = {"tokenizer": tokenizer} if stops else {}
+    return cast(Tensor, model.generate(**inputs, generation_config=config, **kwargs))
 
 
 def cut(rows: Tensor, eos_token_ids: tuple[int, ...], pad_token_id: int) -> list[list[int]]:
