@@ -33,6 +33,7 @@ def main():
     ends["resumed"] = [whole, ended(resumed, str(folder / "saved" / "checkpoint-2"))]
     if PartialState().is_main_process:
         torch.save(ends, folder / "ends.pt")
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

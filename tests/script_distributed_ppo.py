@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -154,6 +155,7 @@ def main():
         (folder / f"{name}-{rank}.json").write_text(json.dumps(log_of(trainer)))
     sampling_and_resume(folder, rank)
     (folder / f"finished-{rank}").touch()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,15 @@ def test_take_brings_everything_that_belongs_to_a_row():
     rows.validate()
 
 
+def test_split_gives_all_rows_some_at_a_time():
+    rows = three_rows()
+    parts = rows.split(2)
+    assert [part.num_rows for part in parts] == [2, 1]
+    assert type(rows).concat(parts).completion_ids.tolist() == rows.completion_ids.tolist()
+    assert parts[1].prompt_ids.tolist() == [70, 71, 72]
+    assert rows.take([]).split(2) == []
+
+
 def test_take_may_repeat_rows():
     rows = three_rows().take(torch.tensor([1, 1]))
     assert rows.completion_ids.tolist() == [13, 13]

@@ -195,6 +195,11 @@ class TokenRows:
             chosen[f.name] = value
         return type(self)(**chosen)
 
+    def split(self, size: int) -> list[Self]:
+        """The rows in their order, `size` at a time; nothing where there are none."""
+        starts = range(0, self.num_rows, size)
+        return [self.take(range(first, min(first + size, self.num_rows))) for first in starts]
+
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
         """Rows of all parts, one after the other.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -22,9 +22,14 @@ TOKENS = "input_ids"
 """Column that may take the place of `prompt`, with tokenised prompts."""
 
 
+def prompt_column(names: Collection[str]) -> str:
+    """The column that holds the prompts: `prompt`, or the token ids where there is none."""
+    return TOKENS if TOKENS in names and "prompt" not in names else "prompt"
+
+
 def prompt_of(row: dict[str, Any]) -> Any:
     """The prompt of a dataset row; its token ids where it has no `prompt`."""
-    return row.get(TOKENS if TOKENS in row and "prompt" not in row else "prompt")
+    return row.get(prompt_column(row))
 
 
 def is_tokenised(prompt: Any) -> bool:
@@ -82,7 +87,7 @@ def check_dataset(
             over the limit.
     """
     check_kind(dataset, split)
-    column = TOKENS if TOKENS in (dataset.column_names or ()) and "prompt" not in dataset.column_names else "prompt"
+    column = prompt_column(dataset.column_names or ())
     if dataset.column_names is not None and column not in dataset.column_names:
         raise DatasetError(
             f"{split} has no column 'prompt'; its columns are {dataset.column_names}. Expected in 'prompt': {_FORM}.",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import TokenRows
-from .loading import dropouts
+from .loading import dropouts, evaluating
 
 logger = logging.getLogger(__name__)
 PADDED, PACKED, SHARED = "padded", "packed", "shared"
@@ -244,16 +244,13 @@ class Layouts:
         shareable = self.share_prompts and self._attention in ("sdpa", "eager")
         return self._exact_among([PACKED, SHARED] if shareable else [PACKED])
 
-    @torch.no_grad()
     def _exact_among(self, kinds: list[str]) -> set[str]:
         vocabulary = int(getattr(self._config, "vocab_size", 0) or 0)
         if vocabulary < 2 or head_of(self.model) is None:
             return set()
         device = next(self.model.parameters()).device
         rows, changed = (_probe_rows(vocabulary, start).to(device) for start in (14, 15))
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             expected = self._outputs(rows, PADDED)
             # Rounding is allowed for, but not in what the others get from row 0: it may be small now and grow.
             others = rows.row_of_token > 0
@@ -263,8 +260,6 @@ class Layouts:
                 for kind, (before, after) in found.items()
                 if _close(before, expected) and _close(after, before, others, 1e-6)
             }
-        finally:
-            self.model.train(training)
 
     def _outputs(self, rows: TokenRows, kind: str) -> Tensor | None:
         # All in one line, so that rows really stand beside each other.

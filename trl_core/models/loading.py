@@ -207,6 +207,20 @@ def disable_dropout(model: nn.Module) -> None:
         setattr(module, name, 0.0)
 
 
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """While active, the models are in evaluation mode and nothing gets a gradient; afterwards as they were."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
 def is_peft(model: nn.Module) -> bool:
     """Whether the model is a `peft.PeftModel`; peft need not be installed."""
     if not is_peft_available():

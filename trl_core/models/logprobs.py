@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..batch import TokenRows
 from ..errors import ConfigError
 from .layout import PADDED, Layout, Layouts, Places, head_of, lay_out, token_outputs
+from .loading import evaluating
 
 _CHUNK = 512
 """Tokens whose probabilities are held at a time where they need no gradient."""
@@ -184,12 +185,19 @@ def row_scores(
     Returns:
         (N,) float32 with gradient if enabled; what the model returned.
     """
+    layout, every, output = _scored(model, rows, pad_token_id, layouts)
+    scores = output.logits if every is None else every[layout.last]
+    return scores.squeeze(-1).float(), output
+
+
+def _scored(
+    model: nn.Module, rows: TokenRows, pad_token_id: int, layouts: Layouts | None
+) -> tuple[Layout, Tensor | None, Any]:
+    """The layout, what the head gave for every position, or None if it saw only some, and what the model returned."""
     layout = _laid_out(rows, layouts, pad_token_id)
     with token_outputs(model) as found:
         output = model(**layout.inputs, use_cache=False)
-    every = found.pop() if found and found[-1].dim() == 3 else None
-    scores = output.logits if every is None else every[layout.last]
-    return scores.squeeze(-1).float(), output
+    return layout, found.pop() if found and found[-1].dim() == 3 else None, output
 
 
 def token_values(
@@ -203,19 +211,16 @@ def token_values(
     Raises:
         ConfigError: the model has no head with one output for each token.
     """
-    layout = _laid_out(rows, layouts, pad_token_id)
-    with token_outputs(model) as found:
-        model(**layout.inputs, use_cache=False)
-    if not found or found[-1].dim() != 3 or found[-1].shape[-1] != 1:
+    layout, every, _ = _scored(model, rows, pad_token_id, layouts)
+    if every is None or every.shape[-1] != 1:
         raise ConfigError(
             f"{type(model).__name__} gives no value for each token.",
             mend="Use a sequence classifier with one output as a critic: from_pretrained(..., num_labels=1).",
         )
-    values = found.pop().squeeze(-1).float()
+    values = every.squeeze(-1).float()
     return values[layout.predicting], values[layout.last]
 
 
-@torch.no_grad()
 def batched_token_logps(
     model: nn.Module,
     rows: TokenRows,
@@ -228,15 +233,9 @@ def batched_token_logps(
     """(T,) log-probabilities without gradient, `batch_size` rows at a time, in evaluation mode."""
     if rows.num_rows == 0:
         return torch.zeros(0, device=rows.completion_ids.device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         parts = [
-            token_logps(
-                model, rows.take(chunk), pad_token_id=pad_token_id, temperature=temperature, layouts=layouts
-            ).logps
-            for chunk in torch.arange(rows.num_rows).split(batch_size)
+            token_logps(model, part, pad_token_id=pad_token_id, temperature=temperature, layouts=layouts).logps
+            for part in rows.split(batch_size)
         ]
-    finally:
-        model.train(training)
     return torch.cat(parts)

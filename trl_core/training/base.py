@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -27,6 +27,7 @@ from ..models.layout import Layouts
 from ..models.loading import (
     add_adapter,
     disable_dropout,
+    evaluating,
     is_peft,
     load_policy,
     load_tokenizer,
@@ -164,15 +165,7 @@ class CoreTrainer(CheckpointedTrainer):
         self.loss_is_scaled_for_ga = True
         if self.reference is not None and self.reference.module is not None:
             self.reference.module = self.accelerator.prepare_model(self.reference.module, evaluation_mode=True)
-        if self.extra_models and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ConfigError(
-                f"{self.composition.name!r} trains {sorted(self.extra_models)} beside the policy, which runs with "
-                "DeepSpeed or FSDP cannot do yet.",
-                mend="Use plain data parallelism (accelerate launch), with an adapter if memory is short.",
-            )
-        for name, module in self.extra_models.items():
-            self._check_given_optimizer(name, module)
-            self.context.models[name] = self.accelerator.prepare_model(module)
+        self._prepare_extra_models()
         # Sampling must differ between processes; everything else is seeded on its own.
         set_seed(args.seed, device_specific=True)
         self.context.processing_class = tokenizer
@@ -297,6 +290,17 @@ class CoreTrainer(CheckpointedTrainer):
                 module.activation_checkpointing_enable()  # type: ignore[operator]
         return models
 
+    def _prepare_extra_models(self) -> None:
+        if self.extra_models and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ConfigError(
+                f"{self.composition.name!r} trains {sorted(self.extra_models)} beside the policy, which runs with "
+                "DeepSpeed or FSDP cannot do yet.",
+                mend="Use plain data parallelism (accelerate launch), with an adapter if memory is short.",
+            )
+        for name, module in self.extra_models.items():
+            self._check_given_optimizer(name, module)
+            self.context.models[name] = self.accelerator.prepare_model(module)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `transformers.Trainer`, for the extra models too."""
         models = {} if self.optimizer is not None else self.extra_models
@@ -334,19 +338,9 @@ class CoreTrainer(CheckpointedTrainer):
         for module in self.extra_models.values():
             module.zero_grad()
 
-    @contextlib.contextmanager
-    def evaluating(self, *models: nn.Module) -> Iterator[None]:
+    def evaluating(self, *models: nn.Module) -> contextlib.AbstractContextManager[None]:
         """While active, these models and the extra ones are in evaluation mode and nothing gets a gradient."""
-        modules = [*models, *self.extra_models.values()]
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.train(mode)
+        return evaluating(*models, *self.extra_models.values())
 
     # -- processes and metrics ------------------------------------------------------------------------------------
     @property

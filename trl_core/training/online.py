@@ -244,8 +244,7 @@ class OnlineTrainer(RolloutSteps):
         """As many rows at a time as go through a model; without any, one that has no loss tokens, to name notes."""
         if not rows.num_rows:
             return [_placeholder(self.pad_token_id, ()).to(self.args.device)]
-        starts = range(0, rows.num_rows, self.rows_per_forward)
-        return [rows.take(range(first, min(first + self.rows_per_forward, rows.num_rows))) for first in starts]
+        return rows.split(self.rows_per_forward)
 
     def _moves_before_use(self, samples: Samples) -> bool:
         """Whether the loss needs log-probabilities of the time of sampling: the policy moves meanwhile, or differs."""

@@ -41,3 +41,4 @@ if __name__ == "__main__":
     trainer = trained(folder / "two", state.num_processes)
     end = {"weights": weights(trainer), "advantages": trainer.window.samples.advantages}
     save_file(end, folder / f"process-{state.process_index}.safetensors")
+    state.destroy_process_group()

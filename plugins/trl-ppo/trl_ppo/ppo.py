@@ -55,11 +55,8 @@ class PPO:
     @hookimpl
     def annotate(self, samples: Samples) -> dict[str, Tensor]:
         values, after = self._values(samples)
-        ends = _is_last(samples)
-        if not self.args.score_at_last_token:
-            ends &= samples.completion_lengths[samples.row_of_token] < self.args.response_length
-        else:
-            ends[:] = False
+        room = 0 if self.args.score_at_last_token else self.args.response_length
+        ends = _is_last(samples) & (samples.completion_lengths < room)[samples.row_of_token]
         return {"values": values, "end_values": samples.expand(after).masked_fill(~ends, float("nan"))}
 
     # -- rewards and advantages -----------------------------------------------------------------------------------

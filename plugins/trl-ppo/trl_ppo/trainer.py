@@ -42,8 +42,8 @@ class RewardModel:
                 mend="Pass a reward model with another tokenizer in reward_funcs: there it scores the text.",
             )
         rows = TokenRows.from_lists(prompt_ids, completion_ids).to(next(self.model.parameters()).device)
-        parts = torch.arange(rows.num_rows).split(self.rows_at_a_time)
-        return [x for part in parts for x in row_scores(self.model, rows.take(part), pad_token_id=0)[0].tolist()]
+        parts = rows.split(self.rows_at_a_time)
+        return [x for part in parts for x in row_scores(self.model, part, pad_token_id=0)[0].tolist()]
 
 
 class _Evaluations(TrainerCallback):

@@ -20,6 +20,7 @@ def main():
     resumed = run_straddling(folder / "run", resume=str(folder / "run" / "checkpoint-7"))
     for name, trainer in {"whole": whole, "resumed": resumed}.items():
         save_file(ended(trainer), folder / f"{name}-{PartialState().process_index}.safetensors")
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -293,8 +293,7 @@ class PPOTrainer:
         """Note what the policy and the reference say before any update, a mini-batch at a time."""
         self.model.eval()
         parts = []
-        for chunk in torch.arange(rows.num_rows).split(self.config.mini_batch_size):
-            part = rows.take(chunk)
+        for part in rows.split(self.config.mini_batch_size):
             logits, logps, values = self._forward(self.model, part)
             with self._as_reference():
                 ref_logits, ref_logps, _ = self._forward(self.ref_model or self.model, part)
