@@ -33,6 +33,11 @@ def coarse_reward(completions, **_):
     return [float(len(text) % 2) for text in completions]
 
 
+def one_flat_group(prompts, completions, **_):
+    """`reward`, but equal for all completions of every second prompt."""
+    return [0.5 if len(p) % 2 else r for p, r in zip(prompts, reward(completions), strict=True)]
+
+
 def prompt_dataset(rows: int = 5) -> Dataset:
     """Prompts of different lengths."""
     return Dataset.from_list([{"prompt": "ask " + "x" * (i + 1)} for i in range(rows)])
@@ -188,6 +193,15 @@ FIXED: dict[str, dict[str, Any]] = {
         "top_entropy_quantile": 0.5,
         "max_steps": 4,
     },
+    # A process may have rows without advantage alone, and another none of them.
+    "rows_without_advantage": {"rows": 8, "reward": lambda **rows: one_flat_group(**rows), "max_steps": 4},
+    "rows_in_parts": {
+        "rows": 8,
+        "reward": lambda **rows: one_flat_group(**rows),
+        "beta": 0.1,
+        "max_tokens_per_forward": 12,
+        "max_steps": 4,
+    },
     "adapter": {"rows": 8, "model": lambda: adapted_model(), "beta": 0.1, "max_steps": 4, "disable_dropout": True},
     "moving_reference": {"rows": 8, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 5},
     # One row a batch with the sampler's log-probabilities: a second process has no row at all.
@@ -226,6 +240,8 @@ def make_fixed_trainer(folder: Path | str, name: str, processes: int) -> tuple[A
     rows, algorithm, evaluate = options.pop("rows"), options.pop("algorithm"), options.pop("evaluate", 0)
     slices = options["steps_per_generation"] = 4 if rows == 2 else 2
     trainer = {"rollouts": fixed_rollouts(rows * slices)}
+    if "reward" in options:
+        trainer["reward_funcs"] = options.pop("reward")
     if algorithm == "gfpo":
         trainer["group_filter_func"] = options.pop("filter", "shortest")
     trainer["model"] = options.pop("model", tiny_model)

@@ -24,7 +24,7 @@ PACKAGES = [CORE, *(package for plugin in PLUGINS for package in plugin.glob("tr
 
 # The online half is about 4,000 lines with command line and kit; the offline family (data, layouts, losses, trainers)
 # added about 2,300; models beside the policy and notes about rows, for PPO, about 250; a decoding loop about 130.
-CORE_BUDGET = 6900
+CORE_BUDGET = 7050
 # Of trl_ppo the classic API is 555.
 PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 950, "trl_replay": 150}
 

@@ -16,7 +16,7 @@ ROLLOUTS = completions(3, 9, 5, 1, 4, 4, 2, 7)
 
 def pad(trainer):
     """Every row in a line of its own from now on, as models are called that know nothing else."""
-    trainer.layouts = None
+    trainer.layouts._exact = set()
     if trainer.reference is not None:
         trainer.reference._make_layouts = None
 

@@ -14,7 +14,7 @@ import torch
 
 from trl_core import hookimpl
 from trl_core.errors import CheckpointError, NonFiniteLossError, RewardError
-from trl_core.testing import FixedRollouts
+from trl_core.testing import FixedRollouts, tiny_model
 from trl_core.training import metrics as metrics_module
 from trl_core.training.metrics import Metrics
 from trl_core.training.state import newest_complete, read_manifest
@@ -77,6 +77,18 @@ SCENARIOS = {
             "dynamic_sampling": True,
             "num_generations": 2,
             "steps_per_generation": 1,
+            "max_steps": 6,
+        },
+    ),
+    # Until one of them is seen to have a gradient, rows without advantage go without.
+    "rows_without_advantage": (
+        varied("frac_reward_zero_std"),
+        {
+            "trainer": {"model": tiny_model, "reward_funcs": coarse_reward},
+            "num_generations": 2,
+            "steps_per_generation": 1,
+            "beta": 0.1,
+            "max_tokens_per_forward": 16,
             "max_steps": 6,
         },
     ),

@@ -13,6 +13,7 @@ of trusting the model's name, and falls back to `padded`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import logging
 from collections.abc import Iterator, Sequence
@@ -213,19 +214,23 @@ class Layouts:
         """The kind of layout for these rows."""
         if self._exact is None:
             self._exact = self._try()
-            self._drops = any(value > 0 for *_, value in dropouts(self.model))
         window = attention_window(self._config)
         longest = int((rows.prompt_lengths + rows.completion_lengths).max()) if rows.num_rows else 0
         repeated = rows.num_rows > 1 and bool((rows.group[1:] == rows.group[:-1]).any())
         # A mask of our own replaces the model's, which in windowed layers would cut off what is further away.
         within = window is None or longest <= window
         # Completions that share a prompt would share its noise as well.
-        noisy = self.model.training and self._drops
+        noisy = self.model.training and self.drops
         # "shared" also packs: some models follow a mask that is given but make none from positions.
         wanted = repeated or (PACKED not in self._exact and rows.num_rows > 1)
         if SHARED in self._exact and wanted and within and not (noisy and repeated):
             return SHARED
         return PACKED if PACKED in self._exact and rows.num_rows > 1 else PADDED
+
+    @functools.cached_property
+    def drops(self) -> bool:
+        """Whether the model makes noise while it is trained."""
+        return any(value > 0 for *_, value in dropouts(self.model))
 
     @property
     def _config(self) -> Any:

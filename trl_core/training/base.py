@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -23,7 +24,7 @@ from ..batch import TokenRows
 from ..composition import implements_hooks
 from ..errors import ConfigError, HookResultError, NonFiniteLossError, OutputDirError
 from ..hookspecs import HookContext, hookimpl
-from ..models.layout import Layouts
+from ..models.layout import PADDED, Layouts
 from ..models.loading import (
     add_adapter,
     disable_dropout,
@@ -33,7 +34,10 @@ from ..models.loading import (
     load_tokenizer,
     terminators,
 )
+from ..models.logprobs import TokenScores, token_logps
+from ..models.parts import joined, parts_of, without_output
 from ..models.reference import ReferenceModel, mix_into
+from ..options import require
 from .checkpoints import CheckpointedTrainer
 from .loader import as_is
 from .metrics import Metrics
@@ -160,6 +164,7 @@ class CoreTrainer(CheckpointedTrainer):
             optimizers=optimizers,
         )
         self.layouts = self._make_layouts(self.model)
+        self._check_parts(args)
         # The aggregation already weights tokens for accumulation; the loop must not divide again.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
@@ -236,6 +241,15 @@ class CoreTrainer(CheckpointedTrainer):
         """A micro-batch from dataset rows; here the rows themselves."""
         return as_is(rows)
 
+    def _check_parts(self, args: Any) -> None:
+        most = args.max_tokens_per_forward
+        require(
+            most is None or not (self.is_sharded or self._forward_kwargs()),
+            f"max_tokens_per_forward={most} with {'sharded weights' if self.is_sharded else 'a router loss'}: all rows "
+            "of a micro-batch have to go through the model together.",
+            "Leave it out, and lower per_device_train_batch_size.",
+        )
+
     def _check_reference(self, args: Any, given: Any, *, adapter: bool) -> None:
         if given is not None and not args.uses_reference:
             raise ConfigError(
@@ -291,7 +305,7 @@ class CoreTrainer(CheckpointedTrainer):
         return models
 
     def _prepare_extra_models(self) -> None:
-        if self.extra_models and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self.extra_models and self.is_sharded:
             raise ConfigError(
                 f"{self.composition.name!r} trains {sorted(self.extra_models)} beside the policy, which runs with "
                 "DeepSpeed or FSDP cannot do yet.",
@@ -379,6 +393,42 @@ class CoreTrainer(CheckpointedTrainer):
     def rows_per_forward(self) -> int:
         """Most rows that go through a model at a time."""
         return int(self.args.per_device_train_batch_size)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights are spread over processes, so that all of them have to run the same modules."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def score(
+        self, model: Any, rows: TokenRows, *statistics: str, temperature: float = 1.0, entropy_grad: bool = False
+    ) -> TokenScores:
+        """Log-probabilities and statistics of a micro-batch's loss tokens, in the exact layout with fewest tokens."""
+        layouts = self.exact_layouts
+
+        def scored(module: Any, part: TokenRows) -> TokenScores:
+            return token_logps(
+                module,
+                part,
+                pad_token_id=self.pad_token_id,
+                temperature=temperature,
+                statistics=tuple(dict.fromkeys((*statistics, *self.token_statistics))),
+                entropy_grad=entropy_grad,
+                forward_kwargs=self._forward_kwargs(),
+                layouts=layouts,
+            )
+
+        most_tokens = self.args.max_tokens_per_forward
+        parts = parts_of(rows, most_tokens, layouts.choose(rows) if most_tokens and layouts else PADDED)
+        if len(parts) == 1:
+            return scored(model, rows)
+        # Parts keep nothing for the backward pass, which runs them again one by one. The last one goes through what
+        # wraps the model, which prepares the gradients to be reduced, once.
+        policy = self.accelerator.unwrap_model(model)
+        scores = [
+            checkpoint(lambda part: without_output(scored(policy, part)), rows.take(part), use_reentrant=False)
+            for part in parts[:-1]
+        ]
+        return joined([*scores, scored(model, rows.take(parts[-1]))], rows, parts)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One micro-step; what fails in it (a reward function, a backend, the loss) stops the run after saving."""

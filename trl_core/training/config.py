@@ -47,6 +47,13 @@ class CoreConfig(TrainingArguments):
         "Send the prompt that several rows share through the model once, where that is exact; False never does.",
         resume=False,
     )
+    max_tokens_per_forward: int | None = option(
+        None,
+        "Most tokens, padding included, that go through the policy at a time with gradient. A micro-batch with more "
+        "is run in parts, long rows first, each once more in the backward pass (so leave gradient_checkpointing off); "
+        "the loss stays that of the whole micro-batch. Default: no limit.",
+        resume=False,
+    )
     on_nonfinite_loss: str = option(
         "stop", "'stop' or 'skip' the micro-batch; its rows are written to <output_dir>/nonfinite.", resume=False
     )
@@ -83,6 +90,11 @@ class CoreConfig(TrainingArguments):
             self.gradient_checkpointing = None
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = None
+        require(
+            self.max_tokens_per_forward is None or self.max_tokens_per_forward >= 1,
+            f"max_tokens_per_forward={self.max_tokens_per_forward} is below 1.",
+            "Give the tokens that fit into memory at a time, or None for no limit.",
+        )
         require_choice(self, "on_nonfinite_loss", ("stop", "skip"))
         require_choice(self, "resume_check", ("strict", "warn"))
         require(

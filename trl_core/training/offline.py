@@ -17,7 +17,6 @@ from ..data import formats
 from ..data.tokenization import prepare_language
 from ..errors import ConfigError
 from ..models.loading import customize_tokenizer, load_tokenizer
-from ..models.logprobs import TokenScores, token_logps
 from ..options import require
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from .base import CoreTrainer, rows_for_inspection
@@ -240,17 +239,6 @@ class OfflineTrainer(CoreTrainer):
             return 0.0
         given = self.args.router_aux_loss_coef
         return float((getattr(config, "router_aux_loss_coef", None) or 0.0) if given is None else given)
-
-    def score(self, model: Any, rows: TokenRows, *statistics: str) -> TokenScores:
-        """Log-probabilities of a micro-batch's loss tokens, in the layout with the fewest tokens that is exact."""
-        return token_logps(
-            model,
-            rows,
-            pad_token_id=self.pad_token_id,
-            statistics=tuple(dict.fromkeys((*statistics, *self.token_statistics))),
-            forward_kwargs=self._forward_kwargs(),
-            layouts=self.exact_layouts,
-        )
 
     def batch_loss(self, model: Any, rows: Any, accumulation: int) -> tuple[Tensor, Any]:
         """The loss of a micro-batch, and what the model returned: the sum over tokens of all `loss_terms`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,8 @@ from ..batch import Rollouts, Samples
 from ..data import prompts as prompt_data
 from ..errors import ConfigError, HookResultError
 from ..models.loading import max_positions
-from ..models.logprobs import STATES, token_logps
+from ..models.logprobs import STATES, TokenScores, token_logps
+from ..models.parts import joined, without_output
 from ..stages.aggregate import Counters, aggregate, per_token, token_weights
 from ..stages.rewards import RewardFunctions
 from .base import rows_for_inspection
@@ -80,6 +82,8 @@ class OnlineTrainer(RolloutSteps):
         self.window: Window | None = None
         self.generations = 0
         self.num_tokens = 0
+        # Whether rows without advantage have been seen to have a gradient all the same, such as that of a KL term.
+        self.still_rows_count = False
         super().__init__(
             model,
             checked,
@@ -329,16 +333,8 @@ class OnlineTrainer(RolloutSteps):
             # Nothing of this slice was kept: a row without loss tokens keeps all processes in step.
             samples = _placeholder(self.pad_token_id, samples.notes).to(self.args.device)
             weights = torch.zeros(0, device=self.args.device)
-        scores = token_logps(
-            model,
-            samples,
-            pad_token_id=self.pad_token_id,
-            temperature=args.temperature,
-            statistics=("entropy", *self.token_statistics),
-            entropy_grad=getattr(args, "entropy_needs_grad", False),
-            forward_kwargs=self._forward_kwargs(),
-            layouts=self.exact_layouts,
-        )
+        still = self._still_rows(samples)
+        scores, probe = self._score_moving(model, samples, still)
         logps, output = scores.logps, scores.output
         samples.entropy = scores.statistics["entropy"]
         samples.states, samples.last_states = scores.states, scores.last_states
@@ -352,11 +348,64 @@ class OnlineTrainer(RolloutSteps):
             for name, term in contribution.items()
         }
         loss = aggregate(terms, weights, accumulation)
+        if probe is not None:
+            loss = self._with_still_rows(model, loss, samples.take(still), probe)
         loss = self._add_router_loss(loss, output, accumulation)
         self._record("entropy", samples.entropy.detach().mean(), logps.numel())
         if training:
             loss = self.guard_loss(loss, lambda: rows_for_inspection(samples, self.processing_class))
         return (loss, output) if return_outputs else loss
+
+    def _still_rows(self, samples: Samples) -> Tensor:
+        """Which rows, whole groups of the micro-batch, have no advantage anywhere, so that they may teach nothing."""
+        none = torch.zeros(0, dtype=torch.long, device=samples.group.device)
+        if (
+            not self.context.training
+            or self.still_rows_count
+            or getattr(self.args, "entropy_needs_grad", False)
+            or STATES in self.token_statistics
+            or self._forward_kwargs()  # a router's loss counts every token
+            or self.is_sharded
+            or self.layouts.drops  # the noise would be another one
+        ):
+            return none
+        moved = samples.sum_per_row((samples.advantages != 0).float()) > 0
+        return (~torch.isin(samples.group, samples.group[moved])).nonzero().flatten()
+
+    def _score_moving(self, model: Any, samples: Samples, still: Tensor) -> tuple[TokenScores, Tensor | None]:
+        """Scores of a micro-batch, and the part of their log-probabilities that was computed without gradient.
+
+        That part takes part in the loss as if it were parameters, so that its gradient tells whether it counts.
+        """
+        score = partial(
+            self.score,
+            temperature=self.args.temperature,
+            entropy_grad=getattr(self.args, "entropy_needs_grad", False),
+        )
+        if not still.numel():
+            return score(model, samples, "entropy"), None
+        with torch.no_grad():
+            resting = without_output(score(self.accelerator.unwrap_model(model), samples.take(still), "entropy"))
+        resting.logps.requires_grad_()
+        moving = torch.ones(samples.num_rows, dtype=torch.bool, device=still.device)
+        moving[still] = False
+        if not bool(moving.any()):
+            placeholder = _placeholder(self.pad_token_id, samples.notes).to(self.args.device)
+            idle = score(model, placeholder, "entropy")
+            return replace(resting, output=idle.output, logps=torch.cat([resting.logps, idle.logps])), resting.logps
+        rest = moving.nonzero().flatten()
+        scores = joined([resting, score(model, samples.take(rest), "entropy")], samples, [still, rest])
+        return scores, resting.logps
+
+    def _with_still_rows(self, model: Any, loss: Tensor, rows: Samples, probe: Tensor) -> Tensor:
+        """The loss with the gradient of rows that were scored without, if they have one: then they do from now on."""
+        (gradient,) = torch.autograd.grad(loss, probe, retain_graph=True, allow_unused=True)
+        if gradient is None or not bool(gradient.count_nonzero()):
+            return loss
+        self.still_rows_count = True
+        policy = self.accelerator.unwrap_model(model)
+        late = (self.score(policy, rows, temperature=self.args.temperature).logps * gradient).sum()
+        return loss + late - late.detach()
 
     # -- evaluation -----------------------------------------------------------------------------------------------
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -394,6 +443,7 @@ class OnlineTrainer(RolloutSteps):
             "window": saved,
             "generations": self.generations,
             "num_tokens": self.num_tokens,
+            "still_rows_count": self.still_rows_count,
             "spare_prompts": self.spare_prompts.drawn,
         }
 
@@ -401,6 +451,7 @@ class OnlineTrainer(RolloutSteps):
         """The inverse of `state_of_run`."""
         super().load_state_of_run(state)
         self.generations, self.num_tokens = state["generations"], state["num_tokens"]
+        self.still_rows_count = state.get("still_rows_count", False)
         self.spare_prompts.restore(state["spare_prompts"])
         saved = state["window"]
         self.window = None
