@@ -172,6 +172,12 @@ def test_two_extra_models_of_one_name_are_refused(tmp_path):
         make_trainer(tmp_path, trainer={"callbacks": [Critic(), Critic()]})
 
 
+@pytest.mark.parametrize("name", ["model", "reference", "trl_core_state"])
+def test_extra_model_may_not_take_the_file_of_another(name, tmp_path):
+    with pytest.raises(HookResultError, match=f"{name!r} which a file of each checkpoint has"):
+        make_trainer(tmp_path, trainer={"callbacks": [Critic(**{name: tiny_classifier()})]})
+
+
 def test_a_language_model_is_no_critic():
     rows = TokenRows.from_lists([[5, 6]], [[7, 8]])
     with pytest.raises(ConfigError, match="no value for each token"):

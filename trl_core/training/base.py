@@ -38,7 +38,7 @@ from ..models.logprobs import TokenScores, token_logps
 from ..models.parts import joined, parts_of, without_output
 from ..models.reference import ReferenceModel, mix_into
 from ..options import require
-from .checkpoints import CheckpointedTrainer
+from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
 from .loader import as_is
 from .metrics import Metrics
 
@@ -291,9 +291,12 @@ class CoreTrainer(CheckpointedTrainer):
         models: dict[str, nn.Module] = {}
         for answer in self.hooks.call.extra_models(policy=policy):
             for name, module in answer.items():
-                if name in models or not isinstance(module, nn.Module):
+                wrong = "twice" if name in models else "" if isinstance(module, nn.Module) else "to no module"
+                if name in CHECKPOINT_FILES:
+                    wrong = "which a file of each checkpoint has"
+                if wrong:
                     raise HookResultError(
-                        f"extra_models gave the name {name!r} {'twice' if name in models else 'to no module'}.",
+                        f"extra_models gave the name {name!r} {wrong}.",
                         mend="Return a dictionary of modules; give each a name of its own.",
                     )
                 models[name] = module

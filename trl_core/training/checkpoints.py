@@ -37,6 +37,8 @@ from .state import (
 )
 
 logger = logging.getLogger(__name__)
+CHECKPOINT_FILES = ("model", "adapter_model", "reference", "trl_core_state")
+"""Names of the safetensors files that every checkpoint may have; models beside the policy need others."""
 _COMPARED_ON_RESUME = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
 
 
