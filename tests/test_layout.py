@@ -9,6 +9,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
@@ -22,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from trl_core.batch import TokenRows
@@ -70,6 +74,24 @@ MODELS = {
 OTHERS = {
     "bloom": lambda: BloomForCausalLM(
         BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3)
+    ),
+    "lfm2, convolutions and attention": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**KV, layer_types=["conv", "full_attention"], pad_token_id=0)
+    ),
+    "qwen3 next, linear and full attention": lambda: Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **KV,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_value_heads=2,
+            linear_num_key_heads=1,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )
     ),
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.3)
