@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from trl_core import Prompts, Sampling
-from trl_core.stages import generation
+from trl_core.stages import decoding, generation
 from trl_core.stages.generation import cut, generate
 from trl_core.testing import tiny_model, tiny_tokenizer
 
@@ -217,6 +217,17 @@ def test_sampled_rows_see_the_distribution_of_their_own_history(name, loop, monk
         expected = (logits / 4.0).softmax(-1)
         for (seen, drawn), own, token in zip(draws, expected, completion, strict=False):
             assert (((seen - own).abs().amax(1) < 1e-5) & (drawn == token)).any()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mamba"])
+def test_room_for_keys_and_values_grows_with_the_completions(name, loop, monkeypatch):
+    model, fills, fill = family(name), [], decoding._Room.fill
+    monkeypatch.setattr(decoding._Room, "fill", lambda *args: fills.append(args[2]) or fill(*args))
+    sampling = Sampling(max_new_tokens=50, pad_token_id=2, extra={"do_sample": False})
+    assert generate(model, prompts(*GROUPS), sampling).completion_ids == plain(model, GROUPS, sampling)
+    assert loop[0] is not None
+    # Twice in 50 steps: the prompt's, and once more after some 30 columns.
+    assert len(fills) == 2 * 2
 
 
 def test_pairs_of_tokens_follow_their_distribution():
