@@ -1,5 +1,7 @@
 """Sampling with transformers: rows end at their first terminator, and padding changes nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import (
@@ -175,13 +177,38 @@ def test_greedy_completions_are_those_of_generate(name, options, loop):
             break
     else:
         raise AssertionError("the groups do not differ")
-    assert generate(model, prompts(*GROUPS), sampling).completion_ids == expected
-    assert [output is None for output in loop] == [name == "mamba"]
+    # All rows together, or three at a time: one, seven and others below.
+    for rows in (None, 3):
+        sampling = dataclasses.replace(sampling, rows=rows)
+        assert generate(model, prompts(*GROUPS), sampling).completion_ids == expected
+    # Only where positions are given to the model can rows come later.
+    assert [output is None for output in loop[:2]] == [name == "mamba", name in ("bloom", "mamba")]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("name", ["gemma 3", "gpt2", "llama"])
+def test_rows_that_waited_are_those_of_generate(name, rows, loop):
+    model = family(name)
+    extra = {"do_sample": False, "repetition_penalty": 1.3, "min_new_tokens": 4}
+    batch = [row for row in GROUPS for _ in range(2)] + GROUPS[:1]  # and a group that is not in one place
+    for first in range(0, 260, 10):
+        sampling = Sampling(
+            max_new_tokens=40, eos_token_ids=tuple(range(first, first + 10)), pad_token_id=2, extra=extra, rows=rows
+        )
+        expected = plain(model, batch, dataclasses.replace(sampling, rows=None))
+        lengths = {len(row) for row in expected}
+        if len(lengths) > 2 and max(lengths) > 20:
+            break
+    else:
+        raise AssertionError("the groups do not differ")
+    assert generate(model, prompts(*batch), sampling).completion_ids == expected
+    assert loop[0] is not None
+
+
+@pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("row", [0, 9])  # of four that end together and leave; one of ten, which stays and is padded
 @pytest.mark.parametrize("ends", [(), (1,)])
-def test_stop_strings_end_rows_as_they_do_in_generate(ends, row, loop):
+def test_stop_strings_end_rows_as_they_do_in_generate(ends, row, rows, loop):
     model, tokenizer = family("llama"), tiny_tokenizer()
     free = plain(model, GROUPS, Sampling(max_new_tokens=12, pad_token_id=2, extra={"do_sample": False}))
     others = {token for other in free if other != free[row] for token in other}
@@ -189,13 +216,15 @@ def test_stop_strings_end_rows_as_they_do_in_generate(ends, row, loop):
     extra = {"do_sample": False, "stop_strings": [tokenizer.decode([token])]}
     sampling = Sampling(max_new_tokens=12, eos_token_ids=ends, pad_token_id=2, extra=extra)
     expected = plain(model, GROUPS, sampling, tokenizer)
+    sampling = dataclasses.replace(sampling, rows=rows)
     assert ends == () or len(expected[row]) < len(expected[4]) == 12
     assert generate(model, prompts(*GROUPS), sampling, tokenizer).completion_ids == expected
     assert loop[0] is not None
 
 
+@pytest.mark.parametrize("rows", [None, 3])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mamba"])
-def test_sampled_rows_see_the_distribution_of_their_own_history(name, loop, monkeypatch):
+def test_sampled_rows_see_the_distribution_of_their_own_history(name, rows, loop, monkeypatch):
     # Rows of a group end at different steps; whatever is moved about, each token has to come from the probabilities
     # that the model gives after this row's prompt and completion so far.
     model, draws, multinomial = family(name).eval(), [], torch.multinomial
@@ -206,11 +235,14 @@ def test_sampled_rows_see_the_distribution_of_their_own_history(name, loop, monk
         return drawn
 
     monkeypatch.setattr(torch, "multinomial", spy)
-    sampling = Sampling(max_new_tokens=8, eos_token_ids=tuple(range(60)), pad_token_id=2, temperature=4.0)
+    ends = tuple(range(60))
+    sampling = Sampling(max_new_tokens=8, eos_token_ids=ends, pad_token_id=2, temperature=4.0, rows=rows)
     completions = generate(model, prompts(*GROUPS), sampling).completion_ids
-    assert loop[0] is not None
+    assert loop[-1] is not None
     assert len({len(row) for row in completions[:4]}) > 1
-    assert len(draws[-1][0]) < len(GROUPS)  # some have left
+    assert len(draws[-1][0]) < (rows or len(GROUPS))  # some have left
+    if rows:  # a row's first token is not drawn at the first draw
+        draws = [tuple(torch.cat(column) for column in zip(*draws, strict=True))] * 8
     for prompt, completion in zip(GROUPS, completions, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
@@ -230,7 +262,8 @@ def test_room_for_keys_and_values_grows_with_the_completions(name, loop, monkeyp
     assert len(fills) == 2 * 2
 
 
-def test_pairs_of_tokens_follow_their_distribution():
+@pytest.mark.parametrize("rows", [None, 100])
+def test_pairs_of_tokens_follow_their_distribution(rows):
     # Chi-square over all completions of up to two tokens of a vocabulary of six, where two tokens end a completion.
     model = tiny_model(vocab_size=6, initializer_range=0.4).eval()
     with torch.no_grad():
@@ -239,7 +272,7 @@ def test_pairs_of_tokens_follow_their_distribution():
     expected = {(a,): float(first[a]) for a in (0, 1)}
     expected |= {(a, b): float(first[a] * second[a, b]) for a in range(2, 6) for b in range(6)}
     torch.manual_seed(0)
-    sampling = Sampling(max_new_tokens=2, eos_token_ids=(0, 1), pad_token_id=0)
+    sampling = Sampling(max_new_tokens=2, eos_token_ids=(0, 1), pad_token_id=0, rows=rows)
     drawn = [tuple(row) for row in generate(model, prompts(*[[3, 4, 5]] * 4000), sampling).completion_ids]
     often = [row for row, probability in expected.items() if 4000 * probability >= 5]
     assert len(often) >= 10
@@ -252,21 +285,40 @@ def test_pairs_of_tokens_follow_their_distribution():
 
 
 def positions(model, rows, sampling):
-    """Completions, and token positions that went through the model."""
-    counts = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: counts.append(inputs[0]))
+    """Completions, and the shapes of what went through the model."""
+    shapes = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, ids, output: shapes.append(ids[0].shape))
     completions = generate(model, prompts(*rows), sampling).completion_ids
     hook.remove()
-    return completions, sum(ids.numel() for ids in counts)
+    return completions, shapes
 
 
 def test_prompt_counts_once_for_its_group_and_ended_rows_not_at_all():
     torch.manual_seed(0)
     sampling = Sampling(max_new_tokens=20, eos_token_ids=tuple(range(40)), pad_token_id=2)
-    completions, seen = positions(tiny_model(), [list(range(5, 105))] * 4, sampling)
+    completions, shapes = positions(tiny_model(), [list(range(5, 105))] * 4, sampling)
     assert len({len(row) for row in completions}) > 2
     # Of each row all tokens but its last went back into the model.
-    assert seen == 100 + sum(len(row) - 1 for row in completions)
+    assert sum(shape.numel() for shape in shapes) == 100 + sum(len(row) - 1 for row in completions)
+
+
+@pytest.mark.parametrize("size", [3, 4])  # groups that fill the places, and groups of which some rows have to wait
+def test_waiting_rows_take_the_places_of_ended_ones(size):
+    torch.manual_seed(0)
+    sampling = Sampling(max_new_tokens=150, eos_token_ids=tuple(range(6)), pad_token_id=2, rows=8)
+    rows = [[7] * (20 + number) for number in range(12) for _ in range(size)]
+    completions, shapes = positions(tiny_model(), rows, sampling)
+    lengths = [len(row) for row in completions]
+    assert max(lengths) > 100 > 10 > min(lengths)
+    assert max(shape[0] for shape in shapes) == 8
+    reads = [shape for shape in shapes if shape[1] > 1]
+    assert sum(shape[0] for shape in reads) == 12  # each prompt once
+    assert sum(shape.numel() for shape in reads) <= 1.1 * sum(len(rows[i]) for i in range(0, len(rows), size))
+    steps = [shape[0] for shape in shapes if shape[1] == 1]
+    needed = sum(length - 1 for length in lengths)
+    assert needed <= sum(steps) < 1.2 * needed  # ended rows stay for a while
+    one_after_the_other = sum(max(lengths[i : i + 8]) for i in range(0, len(rows), 8))
+    assert len(steps) < 0.7 * one_after_the_other
 
 
 def test_equal_draws_where_no_prompt_is_shared_and_no_row_ends_early(loop):

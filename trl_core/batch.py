@@ -301,6 +301,8 @@ class Sampling:
     eos_token_ids: tuple[int, ...] = ()
     """Every token that ends a completion: the tokenizer's and the generation config's."""
     pad_token_id: int = 0
+    rows: int | None = None
+    """Most rows to sample at a time, None for all; a backend with a scheduler of its own need not look at it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """`generation_kwargs` of the configuration."""
 

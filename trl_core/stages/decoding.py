@@ -7,12 +7,16 @@ know for certain to be exact it leaves to `model.generate`.
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any, cast
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria
@@ -98,17 +102,20 @@ _LAYERS: dict[type, type[_Room]] = {DynamicLayer: _Room, DynamicSlidingWindowLay
 def decodes(model: Any) -> bool:
     """Whether the class samples as `transformers` does, so that its loop may be replaced.
 
-    Of adapters only LoRA does: its `generate` hands over to the model below. Where weights are sharded every process
-    has to take the same steps, which the loop does not.
+    Of adapters only LoRA does: its `generate` hands over to the model below.
     """
     if type(model).__module__ == "peft.peft_model" and model.active_peft_config.peft_type == "LORA":
         model = model.get_base_model()
     return (
         isinstance(model, hf.GenerationMixin)
         and all(_own(model, name) is getattr(hf.GenerationMixin, name) for name in ("generate", "_sample"))
-        and not is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-        and not is_fsdp_managed_module(cast(nn.Module, model))
+        and not sharded(model)
     )
+
+
+def sharded(model: Any) -> bool:
+    """Whether weights are spread over processes, which then have to take the same number of steps."""
+    return bool(is_deepspeed_zero3_enabled()) or bool(is_fsdp_managed_module(cast(nn.Module, model)))  # type: ignore[no-untyped-call]
 
 
 def decode(
@@ -119,6 +126,7 @@ def decode(
     generation_config: Any,
     *,
     prompt_of: list[int],
+    places: int | None = None,
     **model_kwargs: Any,
 ) -> Tensor | None:
     """Sample or take the likeliest tokens until every row has ended.
@@ -126,70 +134,202 @@ def decode(
     Args:
         model: as `generate` passes it, like all arguments up to `generation_config`.
         input_ids: (N, L) prompts, left-padded.
-        logits_processor: turns (N', V) logits into scores, for the N' rows still in the batch.
+        logits_processor: turns (n, V) logits into scores, for n rows with equally many tokens.
         stopping_criteria: says which of these rows have ended.
         generation_config: complete, with the model's own defaults.
         prompt_of: N numbers; rows with the same number have the same prompt. Numbered from 0 in order of appearance.
+        places: most rows in the batch at a time; the others wait until some have ended. None for all N, as it is
+            where nothing terminates a row.
         **model_kwargs: arguments of the forward pass.
 
     Returns:
         (N, L + new tokens), padded after each end, as `generate` returns it; None where the loop is not known to be
         exact. Nothing has been drawn then.
     """
-    cache = model_kwargs.get("past_key_values")
     if (
         len(prompt_of) != len(input_ids)
         or not _known(logits_processor, stopping_criteria, generation_config)
-        or not _selectable(cache)
+        or not _selectable(model_kwargs.get("past_key_values"))
         or not model_kwargs.keys() <= _KNOWN
         or any(model_kwargs[name].dim() != 2 for name in _BY_ROW if model_kwargs.get(name) is not None)
     ):
         return None
-    device, pad = input_ids.device, generation_config.pad_token_id
-    firsts = torch.tensor([prompt_of.index(number) for number in range(max(prompt_of) + 1)], device=device)
-    prompt_kwargs = _rows(model_kwargs, firsts)
-    inputs = model.prepare_inputs_for_generation(input_ids[firsts], is_first_iteration=True, **prompt_kwargs)
-    outputs = model(**inputs, return_dict=True)
-    if outputs.get("past_key_values") is not cache or not _selectable(cache):
-        return None
-    # The row of the cache for each row of the batch, and whether they differ by now.
-    slot, moved = torch.tensor(prompt_of, device=device), True
-    logits = outputs.logits[:, -1][slot]
     # Without a terminator, `generate` lets rows that a stop string has ended run on, and so must this.
-    leave = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
-    running, ids = torch.arange(len(input_ids), device=device), input_ids
-    ended, columns = torch.zeros_like(running, dtype=torch.bool), []
-    # For experts `generate` decodes with other kernels than it reads the prompt with.
-    with getattr(model, "_optimize_model_for_decode", nullcontext)():
-        while True:
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            del outputs  # the logits of a prompt may be large
-            scores = logits_processor(ids, logits.to(copy=True, dtype=torch.float32))
-            draw = generation_config.do_sample
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0] if draw else scores.argmax(-1)
-            if leave:
-                tokens = tokens.masked_fill(ended, pad)
-            columns.append(tokens.new_full((len(input_ids),), pad).index_copy(0, running, tokens))
-            ids = torch.cat([ids, tokens[:, None]], 1)
-            ended = ended | stopping_criteria(ids, None)
-            count = int(ended.sum())
-            if count == len(ended):
-                return torch.cat([input_ids, torch.stack(columns, 1)], 1)
-            # Leaving copies the cache, about as much as the model does in a step: too much for one row of many.
-            if leave and 4 * count >= len(ended):
-                kept = (~ended).nonzero()[:, 0]
-                running, ids, ended, slot, moved = running[kept], ids[kept], ended[kept], slot[kept], True
-                model_kwargs = _rows(model_kwargs, kept)
-                _keep(logits_processor, kept)
-            if moved:
-                cache.layers = [
-                    _with_room([(layer, slot)], ids.shape[1] - 1, generation_config.max_length - ids.shape[1])
-                    for layer in cache.layers
-                ]
-                slot, moved = torch.arange(len(slot), device=device), False
-            inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
-            outputs = model(**inputs, return_dict=True)
-            logits = outputs.logits[:, -1]
+    terminates = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+    places = min(places or len(input_ids), len(input_ids)) if terminates else len(input_ids)
+    if places < len(input_ids):
+        # A row that comes later stands in other columns: the model has to go by positions and mask.
+        if "attention_mask" not in model_kwargs or model_kwargs.get("position_ids") is None:
+            return None
+        if model_kwargs["attention_mask"] is None:  # no prompt is padded, but shorter rows will be
+            model_kwargs["attention_mask"] = torch.ones_like(input_ids)
+    loop = _Loop(model, logits_processor, stopping_criteria, generation_config, terminates, places)
+    return loop.run(input_ids, prompt_of, model_kwargs)
+
+
+@dataclass(eq=False)
+class _Cohort:
+    """Rows that came into the batch together: `generate` would show them to processors and criteria together."""
+
+    rows: list[int]
+    """n numbers, out of N."""
+    ids: Tensor
+    """(n, L + tokens so far)."""
+    processors: Any
+    ended: Tensor
+    """(n,) bool."""
+
+    def keep(self, stays: list[bool]) -> None:
+        """Let go of the other rows."""
+        index = torch.tensor(stays, device=self.ids.device).nonzero()[:, 0]
+        self.rows, self.processors = list(compress(self.rows, stays)), _of_rows(self.processors, index)
+        self.ids, self.ended = self.ids[index], self.ended[index]
+
+
+@dataclass(eq=False)
+class _Read:
+    """Prompts that went through the model together."""
+
+    numbers: list[int]
+    logits: Tensor
+    """(prompts, V) of the first token."""
+    kwargs: dict[str, Any]
+    """Arguments of the next forward pass, the cache among them."""
+
+
+class _Loop:
+    """The batch of `decode`: rows come, get their tokens, and leave."""
+
+    def __init__(self, model: Any, processors: Any, criteria: Any, config: Any, terminates: bool, places: int) -> None:
+        self.model, self.processors, self.criteria, self.config = model, processors, criteria, config
+        self.terminates, self.places = terminates, places
+        self.cohorts: list[_Cohort] = []
+        # Where the rows of all cohorts are: rows of the arguments of a forward pass, in as many parts as have to be
+        # joined before the next one. The cache lacks the last token of each row.
+        self.parts: list[tuple[dict[str, Any], list[int]]] = []
+        self.moved = False
+        self.read: _Read | None = None
+        self.finished: dict[int, Tensor] = {}
+
+    def run(self, input_ids: Tensor, prompt_of: list[int], prompt_kwargs: dict[str, Any]) -> Tensor | None:
+        """See `decode`."""
+        self.input_ids, self.prompt_of, self.prompt_kwargs = input_ids, prompt_of, prompt_kwargs
+        self.waiting = sorted(range(len(prompt_of)), key=prompt_of.__getitem__)
+        if not self._admit():
+            return None
+        # For experts `generate` decodes with other kernels than it reads the prompt with.
+        decoding = getattr(self.model, "_optimize_model_for_decode", nullcontext)
+        while self.cohorts:
+            with decoding():
+                while not self._leave():
+                    self._step()
+            self._admit()
+        rows = [self.finished[row] for row in range(len(input_ids))]
+        return pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
+
+    # -- rows come ------------------------------------------------------------------------------------------------
+    @property
+    def _free(self) -> int:
+        return self.places - sum(len(cohort.rows) for cohort in self.cohorts)
+
+    def _admit(self) -> bool:
+        """Waiting rows take the free places and get their first token; False if their prompts cannot be read."""
+        rows, self.waiting = self.waiting[: self._free], self.waiting[self._free :]
+        logits, read = [], self.read
+        # Of the last group that came, some rows may have had to wait.
+        known = [row for row in rows if read and self.prompt_of[row] in read.numbers]
+        for part in filter(None, (known, rows[len(known) :])):
+            if part is not known:
+                self.read = read = self._read_prompts(part)
+            if read is None:
+                return False
+            slots = [read.numbers.index(self.prompt_of[row]) for row in part]
+            self.parts.append((read.kwargs, slots))
+            logits.append(read.logits[slots])
+        if read and not (self.waiting and self.prompt_of[self.waiting[0]] in read.numbers):
+            self.read = None
+        if rows:
+            ids, self.moved = self.input_ids[rows], True
+            processors = _of_rows(self.processors, torch.tensor(rows))
+            self.cohorts.append(_Cohort(rows, ids, processors, torch.zeros_like(ids[:, 0], dtype=torch.bool)))
+            self._choose(self.cohorts[-1], torch.cat(logits))
+        return True
+
+    def _read_prompts(self, rows: list[int]) -> _Read | None:
+        """Send the prompts of these rows through the model; None if it does not keep its state in the cache."""
+        numbers = list(dict.fromkeys(self.prompt_of[row] for row in rows))
+        firsts = [self.prompt_of.index(number) for number in numbers]
+        width = _used(self.prompt_kwargs, firsts, self.input_ids.shape[1])
+        kwargs = _joined([(self.prompt_kwargs, firsts)], width)
+        kwargs["past_key_values"] = cache = copy.deepcopy(kwargs["past_key_values"])
+        ids = self.input_ids[firsts, -width:]
+        inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
+        outputs = self.model(**inputs, return_dict=True)
+        if outputs.get("past_key_values") is not cache or not _selectable(cache):
+            return None
+        kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
+        return _Read(numbers, outputs.logits[:, -1].clone(), kwargs)  # those of all tokens may be large
+
+    # -- rows get tokens ------------------------------------------------------------------------------------------
+    def _step(self) -> None:
+        """One more token for each row."""
+        if self.moved:
+            self._join()
+        ((kwargs, rows),) = self.parts
+        ids = torch.cat([_fit(cohort.ids, _width(kwargs), self.config.pad_token_id) for cohort in self.cohorts])
+        inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+        outputs = self.model(**inputs, return_dict=True)
+        self.parts = [(self.model._update_model_kwargs_for_generation(outputs, kwargs), rows)]
+        logits = outputs.logits[:, -1].split([len(cohort.rows) for cohort in self.cohorts])
+        for cohort, own in zip(self.cohorts, logits, strict=True):
+            self._choose(cohort, own)
+
+    def _choose(self, cohort: _Cohort, logits: Tensor) -> None:
+        scores = cohort.processors(cohort.ids, logits.to(copy=True, dtype=torch.float32))
+        draw = self.config.do_sample
+        tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0] if draw else scores.argmax(-1)
+        if self.terminates:
+            tokens = tokens.masked_fill(cohort.ended, self.config.pad_token_id)
+        cohort.ids = torch.cat([cohort.ids, tokens[:, None]], 1)
+        cohort.ended = cohort.ended | self.criteria(cohort.ids, None)
+
+    def _join(self) -> None:
+        """Bring the rows of all parts into one cache, in no more columns than they use, with room for more."""
+        caches = [kwargs["past_key_values"].layers for kwargs, _ in self.parts]
+        width = max(_used(kwargs, rows, _width(kwargs)) for kwargs, rows in self.parts)
+        more = self.config.max_length - min(cohort.ids.shape[1] for cohort in self.cohorts)
+        index = [torch.tensor(rows, device=self.input_ids.device) for _, rows in self.parts]
+        kwargs = _joined(self.parts, width)
+        kwargs["past_key_values"] = cache = copy.copy(kwargs["past_key_values"])
+        cache.layers = []
+        for layers in zip(*caches, strict=True):
+            cache.layers.append(_with_room(list(zip(layers, index, strict=True)), width - 1, more))
+            for layer, (source, _) in zip(layers, self.parts, strict=True):
+                if not isinstance(layer, _Room) and not (self.read and self.read.kwargs is source):
+                    layer.reset()  # no row will come for it any more
+        self.parts, self.moved = [(kwargs, list(range(sum(map(len, index)))))], False
+
+    # -- rows leave -----------------------------------------------------------------------------------------------
+    def _leave(self) -> bool:
+        """Let ended rows go, if they are many; whether to go on with `_admit` and not `_step`."""
+        ended = iter(torch.cat([cohort.ended for cohort in self.cohorts]).tolist())
+        flags = [[next(ended) for _ in cohort.rows] for cohort in self.cohorts]
+        # Leaving copies the cache, about as much as the model does in a step: too much for one row of many.
+        many = self.terminates and 4 * sum(map(sum, flags)) >= sum(map(len, flags))
+        if not many and not any(map(all, flags)):
+            return False
+        stays: list[bool] = []
+        for cohort, own in zip(self.cohorts, flags, strict=True):
+            stay = [not flag for flag in own] if self.terminates else [not all(own)] * len(own)
+            self.finished.update(
+                (row, ids) for row, ids, kept in zip(cohort.rows, cohort.ids, stay, strict=True) if not kept
+            )
+            cohort.keep(stay)
+            stays += stay
+        self.cohorts, keep = [cohort for cohort in self.cohorts if cohort.rows], iter(stays)
+        self.parts = [(kwargs, kept) for kwargs, rows in self.parts if (kept := list(compress(rows, keep)))]
+        self.moved = True
+        return not self.cohorts or (bool(self.waiting) and 4 * self._free >= self.places)
 
 
 def _own(model: Any, name: str) -> Any:
@@ -241,14 +381,40 @@ def _right_aligned(parts: list[tuple[Tensor, Tensor]], columns: int, room: int) 
     return joined
 
 
-def _rows(model_kwargs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The arguments for some of the rows; the cache is left as it is."""
-    return model_kwargs | {name: model_kwargs[name][rows] for name in _BY_ROW if model_kwargs.get(name) is not None}
+def _width(kwargs: dict[str, Any]) -> int:
+    """Columns of the cache, and the one of the token that is not in it yet."""
+    return 1 + max(int(layer.get_seq_length()) for layer in kwargs["past_key_values"].layers)
 
 
-def _keep(logits_processor: Any, rows: Tensor) -> None:
-    """Only these rows stay in what processors know of each row."""
-    for processor in logits_processor:
+def _used(kwargs: dict[str, Any], rows: list[int], width: int) -> int:
+    """How many of the last columns have anything that these rows attend to."""
+    mask = kwargs.get("attention_mask")
+    if mask is None or kwargs.get("position_ids") is None:  # the columns may be the positions
+        return width
+    return width - int(mask[rows].any(0).int().argmax())
+
+
+def _joined(parts: list[tuple[dict[str, Any], list[int]]], width: int) -> dict[str, Any]:
+    """Arguments for these rows of all parts, in `width` columns; the cache is still the first one's."""
+    joined = dict(parts[0][0])
+    for name in _BY_ROW:
+        if joined.get(name) is not None:
+            joined[name] = torch.cat([_fit(kwargs[name][rows], width) for kwargs, rows in parts])
+    return joined
+
+
+def _fit(columns: Tensor, width: int, pad: int = 0) -> Tensor:
+    """The last `width` columns, padded on the left if there are not so many."""
+    return nn.functional.pad(columns, (width - columns.shape[1], 0), value=pad)
+
+
+def _of_rows(processors: Any, rows: Tensor) -> Any:
+    """The processors, with what they know of each row for these rows only."""
+    chosen = hf.LogitsProcessorList()
+    for processor in processors:
         padding = getattr(processor, "prompt_ignore_length", None)
         if isinstance(padding, Tensor):
+            processor = copy.copy(processor)
             processor.prompt_ignore_length = padding[rows.to(padding.device)]
+        chosen.append(processor)
+    return chosen

@@ -11,15 +11,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from ..batch import Generated, Prompts, Sampling
-from .decoding import decode, decodes
+from .decoding import decode, decodes, sharded
 
 
 @torch.no_grad()
 def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = None) -> Generated:
     """One completion per row with `model.generate`, in evaluation mode.
 
-    Equal prompts run through the model once, and rows that have ended leave the batch, where that is exact; see
-    `decoding`. The result is that of `model.generate` alone.
+    Equal prompts run through the model once, and rows that have ended leave the batch to others that wait, where that
+    is exact; see `decoding`. The result is that of `model.generate` alone.
 
     Args:
         model: the bare policy (a custom `generate` of its class is used).
@@ -54,7 +54,9 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
             model_config.output_router_logits = False
         if own is not None and not sampling.eos_token_ids:  # it would fill in what is None
             own.eos_token_id = None
-        output = _generate(model, prompts, {"input_ids": padded, "attention_mask": mask}, options, tokenizer)
+        inputs = {"input_ids": padded, "attention_mask": mask}
+        places = sampling.rows if sampling.eos_token_ids else None
+        output = _generate(model, prompts.ids, inputs, options, tokenizer, places)
     finally:
         model.train(training)
         if router:
@@ -66,21 +68,37 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
 
 
 def _generate(
-    model: Any, prompts: Prompts, inputs: dict[str, Tensor], options: dict[str, Any], tokenizer: Any
+    model: Any,
+    prompts: list[list[int]],
+    inputs: dict[str, Tensor],
+    options: dict[str, Any],
+    tokenizer: Any,
+    places: int | None,
 ) -> Tensor:
-    """(N, L + new tokens) from `model.generate`, with the loop of `decoding` where it applies."""
+    """(N, L + new tokens) from `model.generate`, with the loop of `decoding` where it applies.
+
+    Where it does not, batches of at most `places` rows follow one another.
+    """
     stops = options.get("stop_strings")
     # `generate` loses the tokenizer where it is given a loop, so stop strings go in as a criterion. Those of the
     # model's own configuration would come on top.
     own = getattr(model, "generation_config", None)
     if decodes(model) and not getattr(own, "stop_strings", None) and (tokenizer is not None or not stops):
         numbers: dict[tuple[int, ...], int] = {}
-        loop = partial(decode, prompt_of=[numbers.setdefault(tuple(row), len(numbers)) for row in prompts.ids])
+        prompt_of = [numbers.setdefault(tuple(row), len(numbers)) for row in prompts]
+        loop = partial(decode, prompt_of=prompt_of, places=places)
         config = GenerationConfig(**(options | {"stop_strings": None}))  # type: ignore[no-untyped-call]
         criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, stops)] if stops else [])
         output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, custom_generate=loop)
         if output is not None:
             return cast(Tensor, output)
+    if places and places < len(prompts) and not sharded(model):
+        rows: list[Tensor] = []
+        for first in range(0, len(prompts), places):
+            part = slice(first, first + places)
+            own = {name: value[part] for name, value in inputs.items()}
+            rows += _generate(model, prompts[part], own, options, tokenizer, None)
+        return pad_sequence(rows, batch_first=True, padding_value=options["pad_token_id"])
     config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
     kwargs = {"tokenizer": tokenizer} if stops else {}
     return cast(Tensor, model.generate(**inputs, generation_config=config, **kwargs))

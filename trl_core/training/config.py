@@ -206,6 +206,10 @@ class OnlineConfig(CoreConfig):
     steps_per_generation: int | None = option(
         None, "Micro-batches a generation batch is split into; default gradient_accumulation_steps."
     )
+    generation_rows: int | None = option(
+        None,
+        "Most completions sampled at a time in a process; when some end, waiting ones take their places; default: all.",
+    )
     num_iterations: int = option(1, "How often each generation batch is trained on.")
     temperature: float = option(1.0, "Sampling temperature; every log-probability is computed at it as well.")
     top_p: float = option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
@@ -254,8 +258,9 @@ class OnlineConfig(CoreConfig):
         super().__post_init__()
         require_choice(self, "loss_type", LOSS_AGGREGATIONS)
         require_choice(self, "token_normalizer", ("step", "generation"))
-        for name in ("num_iterations", "max_completion_length", "dynamic_sampling_max_rounds"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is below 1.", "Give at least 1.")
+        for name in ("num_iterations", "max_completion_length", "dynamic_sampling_max_rounds", "generation_rows"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value} is below 1.", "Give at least 1.")
         require(
             self.temperature > 0, f"temperature={self.temperature} is not above 0.", "Sampling needs a positive one."
         )

@@ -87,6 +87,7 @@ class RolloutSteps(CoreTrainer):
             repetition_penalty=args.repetition_penalty,
             eos_token_ids=self.terminators,
             pad_token_id=self.pad_token_id,
+            rows=args.generation_rows,
             extra=as_dict(args.generation_kwargs),
         )
 
