@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from trl_core import Prompts, Sampling
-from trl_core.stages import decoding, generation
+from trl_core.stages import generation, room
 from trl_core.stages.generation import cut, generate
 from trl_core.testing import tiny_model, tiny_tokenizer
 
@@ -253,8 +253,8 @@ def test_sampled_rows_see_the_distribution_of_their_own_history(name, rows, loop
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mamba"])
 def test_room_for_keys_and_values_grows_with_the_completions(name, loop, monkeypatch):
-    model, fills, fill = family(name), [], decoding._Room.fill
-    monkeypatch.setattr(decoding._Room, "fill", lambda *args: fills.append(args[2]) or fill(*args))
+    model, fills, fill = family(name), [], room.Room.fill
+    monkeypatch.setattr(room.Room, "fill", lambda *args: fills.append(args[2]) or fill(*args))
     sampling = Sampling(max_new_tokens=50, pad_token_id=2, extra={"do_sample": False})
     assert generate(model, prompts(*GROUPS), sampling).completion_ids == plain(model, GROUPS, sampling)
     assert loop[0] is not None

@@ -17,11 +17,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from .room import LAYERS, Room, with_room
 
 # Those that look at each row by itself and remember nothing of it from one step to the next, except how much padding it
 # has. Others number the rows (a watermark's state, a second prompt for each), and rows that leave would shift them.
@@ -43,60 +45,6 @@ _CRITERIA = frozenset({hf.MaxLengthCriteria, hf.MaxTimeCriteria, hf.StopStringCr
 _MODES = frozenset({GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE})
 _BY_ROW = ("attention_mask", "position_ids")
 _KNOWN = frozenset({*_BY_ROW, "past_key_values", "logits_to_keep", "use_cache"})
-
-
-class _Room(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values with room behind them: a new column is written in place, where the base class copies them all."""
-
-    start, more = 0, 0
-
-    def fill(self, sources: list[tuple[DynamicLayer, Tensor]], columns: int, more: int) -> None:
-        """Take these rows of each source, with their ends in the last of `columns` columns; up to `more` will follow.
-
-        There is room for only some of these at first. What does not fit into the columns is left out.
-        """
-        room = min(more, columns // 4 + 32)
-        self.buffers = [
-            _right_aligned([(getattr(layer, name), rows) for layer, rows in sources], columns, room)
-            for name in ("keys", "values")
-        ]
-        self.dtype, self.device, self.is_initialized = self.buffers[0].dtype, self.buffers[0].device, True
-        self.start, self.end, self.more = 0, columns, more - room
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values that the new columns may attend to, these included."""
-        end = self.end + key_states.shape[2]
-        if end > self.buffers[0].shape[2]:
-            kept = self.end - self.start
-            self.fill([(self, torch.arange(len(key_states)))], kept, max(self.more, end - self.end))
-            end = kept + key_states.shape[2]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.end : end] = states
-        self.keys, self.values = (buffer[:, :, self.start : end] for buffer in self.buffers)
-        self.end = end
-        return self.keys, self.values
-
-
-class _SlidingRoom(_Room, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
-    """Likewise, of the last columns only."""
-
-    def fill(self, sources: list[tuple[DynamicLayer, Tensor]], columns: int, more: int) -> None:
-        """As above; `columns` counts those that have left the window too."""
-        super().fill(sources, min(columns, self.sliding_window - 1), more)
-        self.cumulative_length = columns
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As above."""
-        seen = self.cumulative_length
-        keys, values = super().update(key_states, value_states)
-        self.cumulative_length = seen + key_states.shape[2]
-        left = max(0, self.end - self.start - self.sliding_window + 1)
-        self.keys, self.values, self.start = keys[:, :, left:], values[:, :, left:], self.start + left
-        return keys, values
-
-
-_LAYERS: dict[type, type[_Room]] = {DynamicLayer: _Room, DynamicSlidingWindowLayer: _SlidingRoom}
 
 
 def decodes(model: Any) -> bool:
@@ -303,9 +251,9 @@ class _Loop:
         kwargs["past_key_values"] = cache = copy.copy(kwargs["past_key_values"])
         cache.layers = []
         for layers in zip(*caches, strict=True):
-            cache.layers.append(_with_room(list(zip(layers, index, strict=True)), width - 1, more))
+            cache.layers.append(with_room(list(zip(layers, index, strict=True)), width - 1, more))
             for layer, (source, _) in zip(layers, self.parts, strict=True):
-                if not isinstance(layer, _Room) and not (self.read and self.read.kwargs is source):
+                if not isinstance(layer, Room) and not (self.read and self.read.kwargs is source):
                     layer.reset()  # no row will come for it any more
         self.parts, self.moved = [(kwargs, list(range(sum(map(len, index)))))], False
 
@@ -353,32 +301,7 @@ def _known(logits_processor: Any, stopping_criteria: Any, config: Any) -> bool:
 def _selectable(cache: Any) -> bool:
     """Whether the cache is keys and values with a row for each row of the batch, and nothing else."""
     layers = {type(layer) for layer in getattr(cache, "layers", ())}
-    return type(cache) is DynamicCache and not cache.offloading and layers <= _LAYERS.keys()
-
-
-def _with_room(sources: list[tuple[DynamicLayer, Tensor]], columns: int, more: int) -> DynamicLayer:
-    """The first layer, with these rows of all of them and room for more columns; see `_Room.fill`."""
-    layer = sources[0][0]
-    if layer.keys is None:  # the model does not use it
-        return layer
-    if not isinstance(layer, _Room):
-        layer = _LAYERS[type(layer)](sliding_window=getattr(layer, "sliding_window", None))
-    layer.fill(sources, columns, more)
-    return layer
-
-
-def _right_aligned(parts: list[tuple[Tensor, Tensor]], columns: int, room: int) -> Tensor:
-    """(N, H, columns + room, D): these rows of each part, with their ends in the last column before the room."""
-    first = parts[0][0]
-    joined = first.new_empty(sum(len(rows) for _, rows in parts), first.shape[1], columns + room, first.shape[3])
-    start = 0
-    for states, rows in parts:
-        width, target = min(columns, states.shape[2]), joined[start : start + len(rows), :, :columns]
-        target[:, :, : columns - width] = 0  # masked, but what is there by chance may be no number
-        source = states[:, :, states.shape[2] - width :]
-        torch.index_select(source, 0, rows.to(states.device), out=target[:, :, columns - width :])
-        start += len(rows)
-    return joined
+    return type(cache) is DynamicCache and not cache.offloading and layers <= LAYERS.keys()
 
 
 def _width(kwargs: dict[str, Any]) -> int:
