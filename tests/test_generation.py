@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from trl_core import Prompts, Sampling
-from trl_core.stages import generation, room
+from trl_core.stages import decoding, generation, room
 from trl_core.stages.generation import cut, generate
 from trl_core.testing import tiny_model, tiny_tokenizer
 
@@ -227,14 +227,13 @@ def test_stop_strings_end_rows_as_they_do_in_generate(ends, row, rows, loop):
 def test_sampled_rows_see_the_distribution_of_their_own_history(name, rows, loop, monkeypatch):
     # Rows of a group end at different steps; whatever is moved about, each token has to come from the probabilities
     # that the model gives after this row's prompt and completion so far.
-    model, draws, multinomial = family(name).eval(), [], torch.multinomial
+    model, draws, draw = family(name).eval(), [], decoding.draw
 
-    def spy(probabilities, **kwargs):
-        drawn = multinomial(probabilities, **kwargs)
-        draws.append((probabilities, drawn.squeeze(1)))
-        return drawn
+    def spy(probabilities):
+        draws.append((probabilities, draw(probabilities)))
+        return draws[-1][1]
 
-    monkeypatch.setattr(torch, "multinomial", spy)
+    monkeypatch.setattr(decoding, "draw", spy)
     ends = tuple(range(60))
     sampling = Sampling(max_new_tokens=8, eos_token_ids=ends, pad_token_id=2, temperature=4.0, rows=rows)
     completions = generate(model, prompts(*GROUPS), sampling).completion_ids
@@ -321,7 +320,9 @@ def test_waiting_rows_take_the_places_of_ended_ones(size):
     assert len(steps) < 0.7 * one_after_the_other
 
 
-def test_equal_draws_where_no_prompt_is_shared_and_no_row_ends_early(loop):
+def test_equal_draws_where_no_prompt_is_shared_and_no_row_ends_early(loop, monkeypatch):
+    # Given the way to draw, as on an accelerator; on a CPU another one is faster.
+    monkeypatch.setattr(decoding, "draw", lambda probabilities: torch.multinomial(probabilities, 1)[:, 0])
     model = tiny_model()
     sampling = Sampling(max_new_tokens=6, pad_token_id=2, eos_token_ids=(1,), top_k=9, top_p=0.9, min_p=0.02)
     torch.manual_seed(3)
@@ -330,6 +331,22 @@ def test_equal_draws_where_no_prompt_is_shared_and_no_row_ends_early(loop):
     torch.manual_seed(3)
     assert generate(model, prompts([5, 6], [7]), sampling).completion_ids == expected
     assert loop[0] is not None
+
+
+def test_columns_are_drawn_with_their_probabilities():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]]).repeat(5000, 1)
+    drawn = decoding.draw(probabilities).reshape(5000, 2)
+    counts = drawn[:, 0].bincount(minlength=6)
+    assert counts[[0, 2, 5]].tolist() == [0, 0, 0]
+    expected = torch.tensor([2500.0, 1000.0, 1500.0])
+    assert ((counts[[1, 3, 4]] - expected) ** 2 / expected).sum() < 13.8  # p = 0.001 with two degrees of freedom
+    assert drawn[:, 1].unique().tolist() == [5]
+
+
+def test_what_is_no_probability_is_refused():
+    with pytest.raises(RuntimeError, match="nan"):
+        decoding.draw(torch.tensor([[0.5, float("nan")]]))
 
 
 UNKNOWN = {
