@@ -18,9 +18,12 @@ from transformers import (
 )
 
 from trl_core import Prompts, Sampling
+from trl_core.errors import ConfigError
 from trl_core.stages import decoding, generation, room
 from trl_core.stages.generation import cut, generate
 from trl_core.testing import tiny_model, tiny_tokenizer
+
+from .helpers_online import make_trainer
 
 IDS = {"vocab_size": 261, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SMALL = IDS | {
@@ -320,6 +323,18 @@ def test_waiting_rows_take_the_places_of_ended_ones(size):
     assert len(steps) < 0.7 * one_after_the_other
 
 
+def test_trainer_samples_no_more_rows_at_a_time_than_asked_for(tmp_path):
+    model, shapes = tiny_model(), []
+    trainer = make_trainer(tmp_path, trainer={"model": model}, max_steps=1, generation_rows=3)
+    model.get_input_embeddings().register_forward_hook(lambda module, ids, output: shapes.append(ids[0].shape))
+    trainer.train()
+    # Four rows of one prompt: three at a time, then the last one; the prompt is read once.
+    assert {shape[0] for shape in shapes if shape[1] == 1} <= {1, 2, 3}
+    assert sum(shape[0] for shape in shapes if 1 < shape[1] < 8) == 1
+    with pytest.raises(ConfigError, match="generation_rows=0"):
+        make_trainer(tmp_path, generation_rows=0)
+
+
 def test_equal_draws_where_no_prompt_is_shared_and_no_row_ends_early(loop, monkeypatch):
     # Given the way to draw, as on an accelerator; on a CPU another one is faster.
     monkeypatch.setattr(decoding, "draw", lambda probabilities: torch.multinomial(probabilities, 1)[:, 0])
@@ -373,11 +388,13 @@ def test_other_modes_are_left_to_generate(options, loop):
 def test_generate_of_the_models_own_class_is_used(loop):
     class Own(LlamaForCausalLM):
         def generate(self, input_ids, attention_mask, generation_config):
+            assert len(input_ids) <= 2
             return torch.cat([input_ids, input_ids.new_full((len(input_ids), 2), 9)], 1)
 
     model = Own(LlamaConfig(**SMALL))
     assert generate(model, prompts([5, 6], [7]), greedy()).completion_ids == [[9, 9], [9, 9]]
     assert loop == []
+    assert generate(model, prompts([5, 6], [7], [8]), greedy(rows=2)).completion_ids == [[9, 9]] * 3
 
 
 def test_adapter_decodes_with_the_own_loop(loop):
