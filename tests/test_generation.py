@@ -188,7 +188,7 @@ def test_greedy_completions_are_those_of_generate(name, options, loop):
     assert [output is None for output in loop[:2]] == [name == "mamba", name in ("bloom", "mamba")]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9])
+@pytest.mark.parametrize("rows", [1, 4, 9])
 @pytest.mark.parametrize("name", ["gemma 3", "gpt2", "llama"])
 def test_rows_that_waited_are_those_of_generate(name, rows, loop):
     model = family(name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any, cast
 
 import torch
@@ -127,22 +126,11 @@ class _Cohort:
     ended: Tensor
     """(n,) bool."""
 
-    def keep(self, stays: list[bool]) -> None:
-        """Let go of the other rows."""
-        index = torch.tensor(stays, device=self.ids.device).nonzero()[:, 0]
-        self.rows, self.processors = list(compress(self.rows, stays)), _of_rows(self.processors, index)
-        self.ids, self.ended = self.ids[index], self.ended[index]
-
-
-@dataclass(eq=False)
-class _Read:
-    """Prompts that went through the model together."""
-
-    numbers: list[int]
-    logits: Tensor
-    """(prompts, V) of the first token."""
-    kwargs: dict[str, Any]
-    """Arguments of the next forward pass, the cache among them."""
+    def leave(self) -> None:
+        """Let go of the rows that have ended."""
+        stays = (~self.ended).nonzero()[:, 0]
+        self.rows, self.processors = [self.rows[i] for i in stays.tolist()], _of_rows(self.processors, stays)
+        self.ids, self.ended = self.ids[stays], self.ended[stays]
 
 
 class _Loop:
@@ -152,11 +140,12 @@ class _Loop:
         self.model, self.processors, self.criteria, self.config = model, processors, criteria, config
         self.terminates, self.places = terminates, places
         self.cohorts: list[_Cohort] = []
-        # Where the rows of all cohorts are: rows of the arguments of a forward pass, in as many parts as have to be
-        # joined before the next one. The cache lacks the last token of each row.
-        self.parts: list[tuple[dict[str, Any], list[int]]] = []
+        # Where each row of the cohorts is: arguments of a forward pass, and its row in these and in their cache, which
+        # lacks its last token. They are joined before the next pass if they have moved.
+        self.where: list[tuple[dict[str, Any], int]] = []
         self.moved = False
-        self.read: _Read | None = None
+        # Prompts of which rows come: where they are, and their logits (V,).
+        self.prompts: dict[int, tuple[dict[str, Any], int, Tensor]] = {}
         self.finished: dict[int, Tensor] = {}
 
     def run(self, input_ids: Tensor, prompt_of: list[int], prompt_kwargs: dict[str, Any]) -> Tensor | None:
@@ -167,45 +156,36 @@ class _Loop:
             return None
         # For experts `generate` decodes with other kernels than it reads the prompt with.
         decoding = getattr(self.model, "_optimize_model_for_decode", nullcontext)
-        while self.cohorts:
+        while self.where:
             with decoding():
                 while not self._leave():
                     self._step()
-            self._admit()
+            if self.waiting:
+                self._admit()
         rows = [self.finished[row] for row in range(len(input_ids))]
         return pad_sequence(rows, batch_first=True, padding_value=self.config.pad_token_id)
 
-    # -- rows come ------------------------------------------------------------------------------------------------
-    @property
-    def _free(self) -> int:
-        return self.places - sum(len(cohort.rows) for cohort in self.cohorts)
-
     def _admit(self) -> bool:
         """Waiting rows take the free places and get their first token; False if their prompts cannot be read."""
-        rows, self.waiting = self.waiting[: self._free], self.waiting[self._free :]
-        logits, read = [], self.read
-        # Of the last group that came, some rows may have had to wait.
-        known = [row for row in rows if read and self.prompt_of[row] in read.numbers]
-        for part in filter(None, (known, rows[len(known) :])):
-            if part is not known:
-                self.read = read = self._read_prompts(part)
-            if read is None:
-                return False
-            slots = [read.numbers.index(self.prompt_of[row]) for row in part]
-            self.parts.append((read.kwargs, slots))
-            logits.append(read.logits[slots])
-        if read and not (self.waiting and self.prompt_of[self.waiting[0]] in read.numbers):
-            self.read = None
-        if rows:
-            ids, self.moved = self.input_ids[rows], True
-            processors = _of_rows(self.processors, torch.tensor(rows))
-            self.cohorts.append(_Cohort(rows, ids, processors, torch.zeros_like(ids[:, 0], dtype=torch.bool)))
-            self._choose(self.cohorts[-1], torch.cat(logits))
+        free = self.places - len(self.where)
+        rows, self.waiting = self.waiting[:free], self.waiting[free:]
+        numbers = [self.prompt_of[row] for row in rows]
+        fresh = [number for number in dict.fromkeys(numbers) if number not in self.prompts]
+        if fresh and not self._read(fresh):
+            return False
+        self.where += [self.prompts[number][:2] for number in numbers]
+        self.moved, logits = True, torch.stack([self.prompts[number][2] for number in numbers])
+        # Some rows of the last group may have to wait.
+        self.prompts = {
+            number: self.prompts[number] for row in self.waiting[:1] if (number := self.prompt_of[row]) in numbers
+        }
+        ids, processors = self.input_ids[rows], _of_rows(self.processors, torch.tensor(rows))
+        self.cohorts.append(_Cohort(rows, ids, processors, torch.zeros_like(ids[:, 0], dtype=torch.bool)))
+        self._choose(self.cohorts[-1], logits)
         return True
 
-    def _read_prompts(self, rows: list[int]) -> _Read | None:
-        """Send the prompts of these rows through the model; None if it does not keep its state in the cache."""
-        numbers = list(dict.fromkeys(self.prompt_of[row] for row in rows))
+    def _read(self, numbers: list[int]) -> bool:
+        """Send these prompts through the model; False if it does not keep its state in the cache."""
         firsts = [self.prompt_of.index(number) for number in numbers]
         width = _used(self.prompt_kwargs, firsts, self.input_ids.shape[1])
         kwargs = _joined([(self.prompt_kwargs, firsts)], width)
@@ -213,21 +193,21 @@ class _Loop:
         ids = self.input_ids[firsts, -width:]
         inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         outputs = self.model(**inputs, return_dict=True)
-        if outputs.get("past_key_values") is not cache or not _selectable(cache):
-            return None
         kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
-        return _Read(numbers, outputs.logits[:, -1].clone(), kwargs)  # those of all tokens may be large
+        logits = outputs.logits[:, -1].clone()  # those of all tokens may be large
+        self.prompts |= {number: (kwargs, i, logits[i]) for i, number in enumerate(numbers)}
+        return outputs.get("past_key_values") is cache and _selectable(cache)
 
-    # -- rows get tokens ------------------------------------------------------------------------------------------
     def _step(self) -> None:
         """One more token for each row."""
         if self.moved:
             self._join()
-        ((kwargs, rows),) = self.parts
+        kwargs = self.where[0][0]
         ids = torch.cat([_fit(cohort.ids, _width(kwargs), self.config.pad_token_id) for cohort in self.cohorts])
         inputs = self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
         outputs = self.model(**inputs, return_dict=True)
-        self.parts = [(self.model._update_model_kwargs_for_generation(outputs, kwargs), rows)]
+        kwargs = self.model._update_model_kwargs_for_generation(outputs, kwargs)
+        self.where = [(kwargs, row) for _, row in self.where]
         logits = outputs.logits[:, -1].split([len(cohort.rows) for cohort in self.cohorts])
         for cohort, own in zip(self.cohorts, logits, strict=True):
             self._choose(cohort, own)
@@ -241,42 +221,40 @@ class _Loop:
         cohort.ended = cohort.ended | self.criteria(cohort.ids, None)
 
     def _join(self) -> None:
-        """Bring the rows of all parts into one cache, in no more columns than they use, with room for more."""
-        caches = [kwargs["past_key_values"].layers for kwargs, _ in self.parts]
-        width = max(_used(kwargs, rows, _width(kwargs)) for kwargs, rows in self.parts)
+        """Bring all rows into one cache, in no more columns than they use, with room for more."""
+        parts: list[tuple[dict[str, Any], list[int]]] = []
+        for kwargs, row in self.where:
+            if not parts or parts[-1][0] is not kwargs:
+                parts.append((kwargs, []))
+            parts[-1][1].append(row)
+        caches = [kwargs["past_key_values"].layers for kwargs, _ in parts]
+        width = max(_used(kwargs, rows, _width(kwargs)) for kwargs, rows in parts)
         more = self.config.max_length - min(cohort.ids.shape[1] for cohort in self.cohorts)
-        index = [torch.tensor(rows, device=self.input_ids.device) for _, rows in self.parts]
-        kwargs = _joined(self.parts, width)
+        index = [torch.tensor(rows, device=self.input_ids.device) for _, rows in parts]
+        kwargs = _joined(parts, width)
         kwargs["past_key_values"] = cache = copy.copy(kwargs["past_key_values"])
         cache.layers = []
         for layers in zip(*caches, strict=True):
             cache.layers.append(with_room(list(zip(layers, index, strict=True)), width - 1, more))
-            for layer, (source, _) in zip(layers, self.parts, strict=True):
-                if not isinstance(layer, Room) and not (self.read and self.read.kwargs is source):
+            for layer, (source, _) in zip(layers, parts, strict=True):
+                if not isinstance(layer, Room) and not any(source is other for other, *_ in self.prompts.values()):
                     layer.reset()  # no row will come for it any more
-        self.parts, self.moved = [(kwargs, list(range(sum(map(len, index)))))], False
+        self.where, self.moved = [(kwargs, row) for row in range(len(self.where))], False
 
-    # -- rows leave -----------------------------------------------------------------------------------------------
     def _leave(self) -> bool:
         """Let ended rows go, if they are many; whether to go on with `_admit` and not `_step`."""
-        ended = iter(torch.cat([cohort.ended for cohort in self.cohorts]).tolist())
-        flags = [[next(ended) for _ in cohort.rows] for cohort in self.cohorts]
-        # Leaving copies the cache, about as much as the model does in a step: too much for one row of many.
-        many = self.terminates and 4 * sum(map(sum, flags)) >= sum(map(len, flags))
-        if not many and not any(map(all, flags)):
+        flags = [cohort.ended.tolist() for cohort in self.cohorts]
+        ended = [flag for own in flags for flag in own]
+        # Leaving copies the cache, about as much as the model does in a step: too much for one row of many. A cohort
+        # that has ended as a whole must not get longer.
+        if not (self.terminates and 4 * sum(ended) >= len(ended)) and not any(map(all, flags)):
             return False
-        stays: list[bool] = []
-        for cohort, own in zip(self.cohorts, flags, strict=True):
-            stay = [not flag for flag in own] if self.terminates else [not all(own)] * len(own)
-            self.finished.update(
-                (row, ids) for row, ids, kept in zip(cohort.rows, cohort.ids, stay, strict=True) if not kept
-            )
-            cohort.keep(stay)
-            stays += stay
-        self.cohorts, keep = [cohort for cohort in self.cohorts if cohort.rows], iter(stays)
-        self.parts = [(kwargs, kept) for kwargs, rows in self.parts if (kept := list(compress(rows, keep)))]
-        self.moved = True
-        return not self.cohorts or (bool(self.waiting) and 4 * self._free >= self.places)
+        for cohort in self.cohorts:
+            self.finished.update(zip(cohort.rows, cohort.ids, strict=True))  # of rows that stay, replaced later
+            cohort.leave()
+        self.cohorts = [cohort for cohort in self.cohorts if cohort.rows]
+        self.where, self.moved = [place for place, over in zip(self.where, ended, strict=True) if not over], True
+        return not self.where or (bool(self.waiting) and 4 * (self.places - len(self.where)) >= self.places)
 
 
 def draw(probabilities: Tensor) -> Tensor:
