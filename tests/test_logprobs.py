@@ -163,11 +163,25 @@ def test_rows_without_any_loss_token_have_no_logps():
     assert logps.shape == entropy.shape == (0,)
 
 
-@pytest.mark.parametrize(("name", "positions"), [("llama", 9), ("wrapped", 9), ("no_head_module", None)])
-def test_head_is_computed_at_loss_tokens_only(name, positions):
-    _, _, output = scored(make(name), rows_of(), pad_token_id=2)
-    # 3 rows of at most 8 tokens where the head cannot be reached.
-    assert output.logits.shape == ((1, positions, VOCABULARY) if positions else (3, 8, VOCABULARY))
+@pytest.mark.parametrize(
+    ("name", "listened", "positions"),
+    [
+        # Formed outside of the model: 3 rows of no position.
+        ("llama", False, (3, 0)),
+        ("wrapped", False, (3, 0)),
+        ("gemma", False, (3, 0)),
+        ("llama", True, (1, 9)),
+        # 3 rows of at most 8 tokens where the head cannot be reached.
+        ("no_head_module", False, (3, 8)),
+        ("flattening_head", False, (3, 8)),
+    ],
+)
+def test_model_computes_its_head_at_loss_tokens_only(name, listened, positions):
+    model = make(name)
+    if listened:
+        model.lm_head.register_forward_hook(lambda *_: None)
+    _, _, output = scored(model, rows_of(), pad_token_id=2)
+    assert output.logits.shape == (*positions, VOCABULARY)
 
 
 def test_head_is_left_as_it_was():
@@ -250,8 +264,7 @@ def test_forbidden_tokens_do_not_spoil_the_entropy(with_gradient):
     assert torch.isfinite(logps).all()
 
 
-def test_entropy_of_more_tokens_than_a_chunk_is_complete():
-    # 2 rows of 300 tokens: more than one chunk of 512.
+def test_entropy_of_many_tokens_is_complete():
     model = tiny_model(vocab_size=VOCABULARY, max_position_embeddings=400)
     tokens = [[(7 * i + row) % 100 for i in range(300)] for row in range(2)]
     rows = rows_of([[5], [6]], tokens)

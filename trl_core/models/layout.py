@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import TokenRows
+from .head import after_head
 from .loading import dropouts, evaluating
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,7 @@ class Layouts:
         """The kind of layout for these rows."""
         if self._exact is None:
             self._exact = self._try()
+            after_head(self.model, head_of(self.model))  # now, with the other trials
         window = attention_window(self._config)
         longest = int((rows.prompt_lengths + rows.completion_lengths).max()) if rows.num_rows else 0
         repeated = rows.num_rows > 1 and bool((rows.group[1:] == rows.group[:-1]).any())
@@ -234,7 +236,7 @@ class Layouts:
 
     @property
     def _config(self) -> Any:
-        config: Any = getattr(_unwrapped(self.model, "config"), "config", None)
+        config: Any = getattr(unwrapped(self.model, "config"), "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
@@ -294,7 +296,7 @@ def token_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _unwrapped(model: Any, attribute: str) -> Any:
+def unwrapped(model: Any, attribute: str) -> Any:
     """What is inside the wrappers of a model that hide the attribute."""
     while not hasattr(model, attribute) and hasattr(model, "module"):
         model = model.module
@@ -303,7 +305,7 @@ def _unwrapped(model: Any, attribute: str) -> Any:
 
 def head_of(model: nn.Module) -> nn.Module | None:
     """The module that turns hidden states into logits or scores, or None if it is not known."""
-    inner = _unwrapped(model, "get_output_embeddings")
+    inner = unwrapped(model, "get_output_embeddings")
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     head = getattr(inner, "score", None) if head is None else head
     return head if isinstance(head, nn.Module) else None

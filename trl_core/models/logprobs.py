@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..batch import TokenRows
 from ..errors import ConfigError
-from .layout import PADDED, Layout, Layouts, Places, head_of, lay_out, token_outputs
+from .head import after_head, score_tokens
+from .layout import PADDED, Layout, Layouts, Places, head_of, lay_out, token_outputs, unwrapped
 from .loading import evaluating
 
-_CHUNK = 512
-"""Tokens whose probabilities are held at a time where they need no gradient."""
-STATISTICS = ("entropy", "accuracy", "mean_logit", "mean_logp", "log_collision")
 STATES = "states"
 """Asks for the hidden states as well."""
 
@@ -29,7 +28,7 @@ class TokenScores:
     logps: Tensor
     """(T,) log-probability, with gradient if enabled."""
     output: Any
-    """What the model returned."""
+    """What the model returned; its logits are those of no position where they were formed outside of it."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """(T,) each; those asked for. entropy: in nats. accuracy: 1 where the token is the likeliest. mean_logit: mean of
     the logits over the vocabulary. mean_logp: mean of the log-probabilities over the vocabulary, with gradient.
@@ -40,39 +39,28 @@ class TokenScores:
     """(N, H) those after the last token of each row."""
 
 
-class _LogProbs(torch.autograd.Function):
-    """log_softmax at one index per row, whose backward allocates one tensor of the size of the logits, not three."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        normalizer = torch.logsumexp(logits, -1)
-        ctx.save_for_backward(logits, targets, normalizer)
-        ctx.mark_non_differentiable(normalizer)
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer, normalizer
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
-        logits, targets, normalizer = ctx.saved_tensors
-        result = (logits - normalizer[:, None]).exp_().mul_(-grad[:, None])
-        return result.scatter_add_(-1, targets[:, None], grad[:, None]), None
-
-
 @dataclass
 class _Head:
     """What `_head_only_at` saw."""
 
-    used: bool = False
-    states: Tensor | None = None
-    last_states: Tensor | None = None
+    hidden: Tensor | None = None
+    """(T, H) what the head was to be called with at the positions."""
+    last: Tensor | None = None
+    """(N, H) likewise after each row."""
+    product: torch.dtype | None = None
+    """In which type it multiplies, if not that of its weights: that of autocast."""
 
 
 @contextlib.contextmanager
-def _head_only_at(model: nn.Module, places: Places, last: Places | None = None) -> Iterator[_Head]:
+def _head_only_at(
+    model: nn.Module, places: Places, last: Places | None = None, *, idle: bool = False
+) -> Iterator[_Head]:
     """While active, the model's output head sees only these positions: logits come back as (1, T, V).
 
     Going through the model's own forward keeps what it does after the head (soft-capping, scaling) and any wrapper
-    around it. A model whose head is not a module called once per forward returns full logits; `used` then stays False.
-    With `last`, the hidden states at the positions and at those of `last` are kept.
+    around it. A model whose head is not a module called once per forward returns full logits; `hidden` then stays None.
+    With `last`, the hidden states there are kept as well. With `idle`, the head sees no position at all; it still takes
+    part in the forward pass, for wrappers that look which parameters do.
     """
     seen = _Head()
     head = head_of(model)
@@ -81,11 +69,12 @@ def _head_only_at(model: nn.Module, places: Places, last: Places | None = None) 
         hidden = args[0]
         if hidden.dim() != 3:
             return None
-        seen.used = True
-        chosen = hidden[places[0], places[1]]
+        seen.hidden = hidden[places[0], places[1]]
         if last is not None:
-            seen.states, seen.last_states = chosen, hidden[last[0], last[1]]
-        return (chosen[None], *args[1:])
+            seen.last = hidden[last[0], last[1]]
+        device = hidden.device.type
+        seen.product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return (hidden[:, :0] if idle else seen.hidden[None], *args[1:])
 
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
@@ -122,57 +111,40 @@ def token_logps(
         ConfigError: hidden states are asked for and the model's output head is not known.
     """
     layout = _laid_out(rows, layouts, pad_token_id)
-    with _head_only_at(model, layout.predicting, layout.last if STATES in statistics else None) as head:
+    head = head_of(model)
+    # A static graph waits for the gradient of what its forward returned.
+    static = getattr(model, "static_graph", False) or is_fsdp_managed_module(model)
+    after = None if static else after_head(unwrapped(model, "get_output_embeddings"), head)
+    wants_states = STATES in statistics
+    with _head_only_at(model, layout.predicting, layout.last if wants_states else None, idle=after is not None) as seen:
         output = model(**layout.inputs, use_cache=False, **(forward_kwargs or {}))
-    if STATES in statistics and head.states is None:
+    if wants_states and seen.hidden is None:
         raise ConfigError(
             f"The hidden states of {type(model).__name__} cannot be read: its output head is not called on them.",
             mend="Train a model with output embeddings, or give the critic a network of its own.",
         )
-    logits = output.logits[0] if head.used else output.logits[layout.predicting]
-    logits = logits.float()
-    logits = logits if temperature == 1.0 else logits / temperature
-    targets = rows.completion_ids[rows.loss_mask]
-    logps, normalizer = _LogProbs.apply(logits, targets)  # type: ignore[no-untyped-call]
-    scores = TokenScores(logps, output, states=head.states, last_states=head.last_states)
-    if "mean_logp" in statistics:
-        scores.statistics["mean_logp"] = logits.mean(-1) - torch.logsumexp(logits, -1)
-    if entropy_grad:
-        scores.statistics["entropy"] = _entropy(logits, torch.logsumexp(logits, -1))
-    wanted = [name for name in statistics if name not in (*scores.statistics, STATES)]
-    with torch.no_grad():
-        parts = zip(
-            logits.detach().split(_CHUNK), normalizer.detach().split(_CHUNK), targets.split(_CHUNK), strict=True
-        )
-        found = [_statistics(*part, wanted) for part in parts]
-    for name in wanted:
-        scores.statistics[name] = torch.cat([part[name] for part in found]) if found else logps.detach()
-    return scores
+    source, formed = seen.hidden, after is not None
+    if source is None or after is None:
+        source, formed = output.logits[layout.predicting] if source is None else output.logits.squeeze(0), False
+    found = score_tokens(
+        source,
+        rows.completion_ids[rows.loss_mask],
+        statistics,
+        head=cast(nn.Linear, head) if formed else None,
+        after=after if formed else None,
+        temperature=temperature,
+        entropy_grad=entropy_grad,
+        product=seen.product if formed else None,
+    )
+    found = {name: value.float() for name, value in found.items()}
+    states = seen.hidden if wants_states else None
+    return TokenScores(found.pop("logp"), output, found, states, seen.last)
 
 
 def _laid_out(rows: TokenRows, layouts: Layouts | None, pad_token_id: int) -> Layout:
     if layouts is None:
         return lay_out(rows, PADDED, pad_token_id=pad_token_id)
     return layouts(rows, pad_token_id)
-
-
-def _statistics(logits: Tensor, normalizer: Tensor, targets: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    if "entropy" in wanted:
-        found["entropy"] = _entropy(logits, normalizer)
-    if "accuracy" in wanted:
-        found["accuracy"] = (logits.argmax(-1) == targets).float()
-    if "mean_logit" in wanted:
-        found["mean_logit"] = logits.mean(-1)
-    if "log_collision" in wanted:
-        found["log_collision"] = torch.logsumexp(2 * logits, -1) - 2 * normalizer
-    return found
-
-
-def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    probabilities = (logits - normalizer[:, None]).exp()
-    # A forbidden token (-inf) has probability 0 and contributes nothing.
-    return normalizer - (probabilities * logits.masked_fill(logits == float("-inf"), 0.0)).sum(-1)
 
 
 def row_scores(
