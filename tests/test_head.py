@@ -42,13 +42,15 @@ class Scaled(nn.Module):
         self.mix = nn.GRU(16, 16, batch_first=True)
         self.head = nn.Linear(16, VOCABULARY, bias=False)
         self.scale = nn.Parameter(torch.tensor(3.0))
+        self.past_head = False
         self.change = change or (lambda model, logits: 5 * torch.tanh(3.0 * logits / 5))
 
     def get_output_embeddings(self):
         return self.head
 
     def forward(self, input_ids, attention_mask=None, use_cache=None):
-        logits = self.head(self.mix(self.embed(input_ids))[0])
+        hidden = self.mix(self.embed(input_ids))[0]
+        logits = nn.functional.linear(hidden, self.head.weight) if self.past_head else self.head(hidden)
         return CausalLMOutput(logits=self.change(self, logits))
 
 
@@ -238,6 +240,14 @@ def test_heads_that_are_not_plain_are_left_alone(spoil):
         head.weight.ds_id = 0
     assert found(model) is None
     assert token_logps(model, rows_of(), pad_token_id=2).output.logits.shape == (1, TOKENS, VOCABULARY)
+
+
+def test_logits_that_came_past_the_head_after_all_are_taken_as_they_are():
+    model = make(Scaled)
+    expected = plain(model)
+    assert found(model) is not None
+    model.past_head = True
+    assert_near(scored(model), expected, 1e-5)
 
 
 # -- the same numbers -------------------------------------------------------------------------------------------------
@@ -486,9 +496,7 @@ def test_logits_of_all_tokens_never_exist(name, entropy_grad, monkeypatch):
 def test_logits_are_formed_twice_only_where_they_were_not_kept(monkeypatch):
     made = []
     real = head_module._Chunks.fill
-    monkeypatch.setattr(
-        head_module._Chunks, "fill", lambda self, buffer, at: made.append(at.stop - at.start) or real(self, buffer, at)
-    )
+    monkeypatch.setattr(head_module._Chunks, "fill", lambda self, at: made.append(at.stop - at.start) or real(self, at))
     model = make(MODELS["llama"])
     scored(model)
     assert made == [TOKENS]

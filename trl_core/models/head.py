@@ -82,40 +82,29 @@ def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _try(model: nn.Module, head: nn.Linear) -> AfterHead | None:
-    device, tokens = head.weight.device, 4
-    sizes = 2.0 ** torch.arange(-6, 17.25, 0.25, device=device)
-    numbers = torch.cat([sizes, -sizes])
-    # Each entry of the vocabulary gets small and large ones.
-    at = torch.arange(head.out_features, device=device) + torch.arange(0, 144, 36, device=device)[:, None]
-    given = numbers[at % numbers.numel()][None]
-    inputs = {
-        "input_ids": torch.arange(tokens, device=device)[None] % head.out_features,
-        "attention_mask": torch.ones(1, tokens, dtype=torch.long, device=device),
-    }
+    device, size = head.weight.device, head.out_features
+    steps = 2.0 ** torch.arange(-6, 17.25, 0.25, device=device)
+    numbers = torch.cat([steps, -steps])
+    # Four tokens, so that each entry of the vocabulary gets small and large ones.
+    tokens = torch.arange(4, device=device)
+    given = numbers[(torch.arange(size, device=device) + 36 * tokens[:, None]) % len(numbers)][None]
+    inputs = {"input_ids": tokens[None] % size, "attention_mask": torch.ones_like(tokens)[None], "use_cache": False}
     seen: list[torch.Size] = []
 
     def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         seen.append(args[0].shape)
         return given.clone()
 
-    handle = head.register_forward_hook(replace)
-    try:
-        with torch.enable_grad():  # to see whether a trained number takes part
-            logits: Tensor = model(**inputs, use_cache=False).logits
-    finally:
-        handle.remove()
-    if seen != [(1, tokens, head.in_features)] or logits.requires_grad or logits.shape != given.shape:
+    with head.register_forward_hook(replace), torch.enable_grad():  # to see whether a trained number takes part
+        logits: Tensor = model(**inputs).logits
+    with head.register_forward_pre_hook(lambda module, args: (args[0][:, :0], *args[1:])):
+        left = model(**inputs).logits.numel()
+    if seen != [(1, 4, head.in_features)] or logits.requires_grad or logits.shape != given.shape or left:
         return None
-    none = head.register_forward_pre_hook(lambda module, args: (args[0][:, :0], *args[1:]))
-    try:
-        if model(**inputs, use_cache=False).logits.numel():
-            return None
-    finally:
-        none.remove()
-    small, cap = float(logits[given == sizes[0]][0]), float(logits.max())
-    scale = small / float(sizes[0])
-    bent = cap * math.atanh(small / cap) / float(sizes[0]) if 0 < small < cap else scale
-    for candidate in (AfterHead(scale), AfterHead(1.0, cap), AfterHead(bent, cap)):
+    # The first number is so small that no curve shows, the largest so large that only the cap does.
+    step, small, cap = float(steps[0]), float(logits[0, 0, 0]), float(logits.max())
+    bent = cap / step * math.atanh(small / cap) if 0 < small < cap else 1.0
+    for candidate in (AfterHead(small / step), AfterHead(1.0, cap), AfterHead(bent, cap)):
         if torch.allclose(candidate(given.clone()), logits.float(), rtol=1e-5, atol=0.0):
             return candidate
     return None
@@ -129,7 +118,6 @@ class _How:
     temperature: float
     entropy_grad: bool
     product: torch.dtype
-    wide: torch.dtype
 
 
 def score_tokens(
@@ -161,44 +149,38 @@ def score_tokens(
     Returns:
         (T,) each, in float32, or float64 where the source is.
     """
-    names = ("logp", *(name for name in STATISTICS if name in statistics))
-    how = _How(
-        names=names,
-        after=after or AfterHead(),
-        temperature=temperature,
-        entropy_grad=entropy_grad,
-        product=product or (source if head is None else head.weight).dtype,
-        wide=torch.promote_types(source.dtype, torch.float32),
-    )
+    wanted = {*statistics, *(("entropy",) if entropy_grad else ())}
+    names = ("logp", *(name for name in STATISTICS if name in wanted))
     weight, bias = (None, None) if head is None else (head.weight, head.bias)
+    product = source.dtype if weight is None else product or weight.dtype
+    how = _How(names, after or AfterHead(), temperature, entropy_grad, product)
     found = _Scores.apply(source, weight, bias, targets, how)  # type: ignore[no-untyped-call]
     return dict(zip(names, found, strict=True))
 
 
 class _Chunks:
-    """The logits of chunk after chunk, in one buffer."""
+    """The logits of chunk after chunk, in one buffer, and room for the probabilities of a block of it."""
 
-    def __init__(self, source: Tensor, weight: Tensor | None, bias: Tensor | None, how: _How) -> None:
+    def __init__(
+        self, source: Tensor, weight: Tensor | None, bias: Tensor | None, how: _How, buffer: Tensor | None = None
+    ) -> None:
         self.how, self.source = how, source.to(how.product)
         self.weight, self.bias = (None if value is None else value.to(how.product) for value in (weight, bias))
-        self.tokens, self.vocabulary = len(source), (source.shape[1] if weight is None else len(weight))
-        bytes_of_token = 4 * self.vocabulary
-        size = max(_LEAST_TOKENS, CHUNK_BYTES // bytes_of_token)
-        self.size, self.block = min(size, self.tokens), max(1, BLOCK_BYTES // bytes_of_token)
+        self.wide = torch.promote_types(source.dtype, torch.float32)
+        tokens, vocabulary = len(source), source.shape[1] if weight is None else len(weight)
+        size = max(_LEAST_TOKENS, CHUNK_BYTES // (4 * vocabulary))
         # The small one first, so that the last one, which is kept, is as large as may be.
-        bounds = (
-            [0, *range(self.tokens % size or size, self.tokens + 1, size)] if self.tokens > size else [0, self.tokens]
-        )
-        self.places = [slice(*pair) for pair in pairwise(bounds)]
+        first = min(tokens, tokens % size or size)
+        self.places = [slice(*pair) for pair in pairwise([0, *range(first, tokens + 1, size)])]
+        rows = min(size, max(1, BLOCK_BYTES // (4 * vocabulary)))
+        self.scratch = source.new_empty(rows, vocabulary, dtype=self.wide)
+        self.buffer = source.new_empty(min(size, tokens), vocabulary, dtype=self.wide) if buffer is None else buffer
 
-    def empty(self, tokens: int) -> Tensor:
-        return torch.empty(tokens, self.vocabulary, dtype=self.how.wide, device=self.source.device)
-
-    def fill(self, buffer: Tensor, place: slice) -> Tensor:
-        logits, given = buffer[: place.stop - place.start], self.source[place]
+    def fill(self, place: slice) -> Tensor:
+        logits, given = self.buffer[: place.stop - place.start], self.source[place]
         if self.weight is None:
             logits.copy_(given)
-        elif self.how.product != self.how.wide:
+        elif self.how.product != self.wide:
             logits.copy_(F.linear(given, self.weight, self.bias))
         elif self.bias is None:
             torch.mm(given, self.weight.T, out=logits)
@@ -206,10 +188,11 @@ class _Chunks:
             torch.addmm(self.bias, given, self.weight.T, out=logits)
         return self.how.after(logits, self.how.temperature)
 
-    def blocks(self, logits: Tensor, place: slice) -> Iterator[tuple[Tensor, slice]]:
+    def blocks(self, logits: Tensor, place: slice) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Logits of some tokens, their probabilities, and where these tokens are."""
         start = place.start
-        for rows in logits.split(self.block):
-            yield rows, slice(start, start + len(rows))
+        for rows in logits.split(len(self.scratch)):
+            yield rows, torch.softmax(rows, -1, out=self.scratch[: len(rows)]), slice(start, start + len(rows))
             start += len(rows)
 
 
@@ -217,7 +200,7 @@ class _Scores(torch.autograd.Function):
     """See `score_tokens`.
 
     With p the probabilities and H the entropy of a token, gradients by its logits x are
-    d logp / dx = onehot - p,  dH / dx = -p (log p + H),  d mean_logp / dx = 1 / V - p.
+    d logp / dx = onehot - p,  dH / dx = -p (x - sum(p x)),  d mean_logp / dx = 1 / V - p.
     """
 
     @staticmethod
@@ -226,71 +209,60 @@ class _Scores(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with torch.autocast(source.device.type, enabled=False):
             chunks = _Chunks(source, weight, bias, how)
-            found = {
-                name: torch.empty(len(source), dtype=how.wide, device=source.device)
-                for name in ("normalizer", *how.names)
-            }
-            buffer, scratch = chunks.empty(chunks.size), chunks.empty(min(chunks.block, chunks.size))
+            names = ("normalizer", *how.names)
+            found = {name: source.new_empty(len(source), dtype=chunks.wide) for name in names}
             for place in chunks.places:
-                for rows, at in chunks.blocks(chunks.fill(buffer, place), place):
-                    for name, value in _measured(rows, scratch[: len(rows)], targets[at], how.names).items():
+                for rows, p, at in chunks.blocks(chunks.fill(place), place):
+                    for name, value in _measured(rows, p, targets[at], how.names).items():
                         found[name][at] = value
-        outputs = tuple(found[name] for name in how.names)
-        ctx.how, ctx.spent = how, weight is None
+        ctx.how, ctx.kept = how, weight is not None
         ctx.set_materialize_grads(False)
-        if any(ctx.needs_input_grad):
-            kept = None if weight is None else buffer
-            entropy = found["entropy"] if how.entropy_grad else None
-            ctx.save_for_backward(source, weight, bias, targets, found["normalizer"], entropy, kept)
-        curved = {"logp", "mean_logp", *(["entropy"] if how.entropy_grad else [])}
+        mean = found["normalizer"] - found["entropy"] if how.entropy_grad else None
+        ctx.save_for_backward(source, weight, bias, targets, mean, chunks.buffer if ctx.kept else None)
+        curved = {"logp", "mean_logp", *(("entropy",) if how.entropy_grad else ())}
         ctx.mark_non_differentiable(*(found[name] for name in how.names if name not in curved))
-        return outputs
+        return tuple(found[name] for name in how.names)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        source, weight, bias, targets, normalizer, entropy, kept = ctx.saved_tensors
+        source, weight, bias, targets, mean, kept = ctx.saved_tensors
         how: _How = ctx.how
         needs_source, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        given = {name: g for name, g in zip(how.names, gradients, strict=True) if g is not None}
+        factor = how.after.scale / how.temperature
+        given = {name: g * factor for name, g in zip(how.names, gradients, strict=True) if g is not None}
         by_source = torch.empty_like(source, dtype=how.product) if needs_source else None
-        by_weight = by_bias = None
+        by_weight: Tensor | None = None
         with torch.autocast(source.device.type, enabled=False):
-            chunks = _Chunks(source, weight, bias, how)
             # Written over, unknown to autograd: if it asks again, the logits of every chunk are formed again.
-            buffer = chunks.empty(chunks.size) if kept is None else kept.data
-            scratch = chunks.empty(min(chunks.block, chunks.size))
+            chunks = _Chunks(source, weight, bias, how, None if kept is None else kept.data)
+            by_bias = torch.zeros_like(bias, dtype=chunks.wide) if needs_bias else None
             for place in reversed(chunks.places):
-                logits = buffer[: place.stop - place.start] if not ctx.spent else chunks.fill(buffer, place)
-                ctx.spent = True
-                for rows, at in chunks.blocks(logits, place):
-                    local = {name: g[at, None] for name, g in given.items()}
-                    moments = (normalizer[at, None], None if entropy is None else entropy[at, None])
-                    _differentiate(rows, scratch[: len(rows)], targets[at, None], local, moments, how)
-                d = logits.to(how.product)
+                logits = chunks.buffer[: place.stop - place.start] if ctx.kept else chunks.fill(place)
+                ctx.kept = False
+                for rows, p, at in chunks.blocks(logits, place):
+                    _differentiate(rows, p, targets[at, None], {n: g[at, None] for n, g in given.items()}, mean, at)
+                    if how.after.cap is None:
+                        rows.copy_(p)
+                    else:  # 1 - tanh(scale * x / cap) ** 2
+                        rows.mul_(how.temperature / how.after.cap).square_().neg_().add_(1).mul_(p)
+                d, hidden = logits.to(how.product), chunks.source[place]
                 if by_source is not None:
                     by_source[place] = d if chunks.weight is None else d @ chunks.weight
-                if needs_weight:
-                    hidden = chunks.source[place]
-                    if by_weight is None:
-                        by_weight = (d.T @ hidden).to(how.wide)
-                    elif how.product == how.wide:
-                        by_weight.addmm_(d.T, hidden)
-                    else:
-                        by_weight += d.T @ hidden
-                if needs_bias:
-                    by_bias = logits.sum(0) if by_bias is None else by_bias + logits.sum(0)
-        return (
-            None if by_source is None else by_source.to(source.dtype),
-            None if by_weight is None else by_weight.to(weight.dtype),
-            None if by_bias is None else by_bias.to(bias.dtype),
-            None,
-            None,
-        )
+                if by_bias is not None:
+                    by_bias += logits.sum(0)
+                if needs_weight and by_weight is None:
+                    by_weight = (d.T @ hidden).to(chunks.wide)
+                elif by_weight is not None and how.product == chunks.wide:
+                    by_weight.addmm_(d.T, hidden)
+                elif by_weight is not None:
+                    by_weight += d.T @ hidden
+        found = zip((by_source, by_weight, by_bias), (source, weight, bias), strict=True)
+        return *(None if value is None else value.to(of.dtype) for value, of in found), None, None
 
 
-def _measured(rows: Tensor, scratch: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    p = torch.softmax(rows, -1, out=scratch)
+def _measured(rows: Tensor, p: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """What is asked for of logits and their probabilities, which are written over."""
     # The largest probability is 1 / sum(exp(x - max)).
     normalizer = rows.amax(-1) - p.amax(-1).log()
     found = {"normalizer": normalizer, "logp": rows.gather(-1, targets[:, None]).squeeze(-1) - normalizer}
@@ -309,30 +281,17 @@ def _measured(rows: Tensor, scratch: Tensor, targets: Tensor, names: Sequence[st
 
 
 def _differentiate(
-    rows: Tensor,
-    scratch: Tensor,
-    targets: Tensor,
-    given: dict[str, Tensor],
-    moments: tuple[Tensor, Tensor | None],
-    how: _How,
+    rows: Tensor, p: Tensor, targets: Tensor, given: dict[str, Tensor], mean: Tensor | None, at: slice
 ) -> None:
-    """In place of the logits `rows`, the gradient by what the head gave; that of each score is `given`."""
-    normalizer, entropy = moments
-    given = {name: gradient * (how.after.scale / how.temperature) for name, gradient in given.items()}
-    p = torch.softmax(rows, -1, out=scratch)
+    """In place of the probabilities, the gradient by the logits; that of each score is `given`."""
     share = -sum(given[name] for name in ("logp", "mean_logp") if name in given)
-    if entropy is None or "entropy" not in given:
+    if mean is None or "entropy" not in given:
         p.mul_(share)
     else:
-        # p (share - g (log p + H)); of a forbidden token 0 times infinity.
-        inner = torch.addcmul(share + given["entropy"] * (normalizer - entropy), rows, given["entropy"], value=-1)
-        p.mul_(inner).nan_to_num_(nan=0.0)
+        slope = given["entropy"]
+        # p (share - slope (x - mean)); of a forbidden token 0 times infinity
+        p.mul_(torch.addcmul(share + slope * mean[at, None], rows, slope, value=-1)).nan_to_num_(nan=0.0)
     if "mean_logp" in given:
         p.add_(given["mean_logp"] / rows.shape[-1])
     if "logp" in given:
         p.scatter_add_(-1, targets, given["logp"])
-    if how.after.cap is None:
-        rows.copy_(p)
-    else:
-        # 1 - tanh(scale * x / cap) ** 2
-        rows.mul_(how.temperature / how.after.cap).square_().neg_().add_(1).mul_(p)

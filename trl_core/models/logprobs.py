@@ -115,30 +115,31 @@ def token_logps(
     # A static graph waits for the gradient of what its forward returned.
     static = getattr(model, "static_graph", False) or is_fsdp_managed_module(model)
     after = None if static else after_head(unwrapped(model, "get_output_embeddings"), head)
-    wants_states = STATES in statistics
-    with _head_only_at(model, layout.predicting, layout.last if wants_states else None, idle=after is not None) as seen:
+    last = layout.last if STATES in statistics else None
+    with _head_only_at(model, layout.predicting, last, idle=after is not None) as seen:
         output = model(**layout.inputs, use_cache=False, **(forward_kwargs or {}))
-    if wants_states and seen.hidden is None:
+    if last is not None and seen.hidden is None:
         raise ConfigError(
             f"The hidden states of {type(model).__name__} cannot be read: its output head is not called on them.",
             mend="Train a model with output embeddings, or give the critic a network of its own.",
         )
-    source, formed = seen.hidden, after is not None
-    if source is None or after is None:
-        source, formed = output.logits[layout.predicting] if source is None else output.logits.squeeze(0), False
+    source = seen.hidden
+    if source is None:
+        source, head, after = output.logits[layout.predicting], None, None
+    elif after is None:
+        source, head = output.logits.squeeze(0), None
     found = score_tokens(
         source,
         rows.completion_ids[rows.loss_mask],
         statistics,
-        head=cast(nn.Linear, head) if formed else None,
-        after=after if formed else None,
+        head=cast(nn.Linear | None, head),
+        after=after,
         temperature=temperature,
         entropy_grad=entropy_grad,
-        product=seen.product if formed else None,
+        product=seen.product,
     )
     found = {name: value.float() for name, value in found.items()}
-    states = seen.hidden if wants_states else None
-    return TokenScores(found.pop("logp"), output, found, states, seen.last)
+    return TokenScores(found.pop("logp"), output, found, None if last is None else seen.hidden, seen.last)
 
 
 def _laid_out(rows: TokenRows, layouts: Layouts | None, pad_token_id: int) -> Layout:
