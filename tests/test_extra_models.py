@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -15,7 +16,7 @@ from trl_core.models import token_values
 from trl_core.stages import TokenMean
 from trl_core.testing import tiny_classifier, tiny_model
 
-from .helpers_online import Sampled, log_lines, make_trainer, table, weights
+from .helpers_online import Sampled, completions, log_lines, make_trainer, table, weights
 
 
 class Critic(TrainerCallback):
@@ -165,6 +166,22 @@ def test_given_optimizer_must_have_the_extra_model(tmp_path):
     critic.models, before = trainer.context.models, flat(trainer.extra_models["critic"])
     trainer.train()
     assert not torch.equal(flat(trainer.extra_models["critic"]), before)
+
+
+@pytest.mark.parametrize(("options", "tokens"), [({}, 10 + 6), ({"share_prompts": False}, 4 * 10 + 6)])
+def test_a_prompt_goes_through_an_extra_model_once_per_group(options, tokens, tmp_path):
+    critic = Critic()
+    rows = {"train_dataset": Dataset.from_list([{"prompt": "abcdefghij"}]), "rollouts": completions(1, 2, 1, 2)}
+    made = make_trainer(tmp_path, trainer={"callbacks": [critic], **rows}, max_steps=1, padding_free=True, **options)
+    critic.models, seen = made.context.models, []
+
+    def count(module, args, output):
+        if module.training:  # the layouts are tried in evaluation mode
+            seen.append(args[0].numel())
+
+    made.extra_models["critic"].get_input_embeddings().register_forward_hook(count)
+    made.train()
+    assert seen == [tokens]
 
 
 def test_two_extra_models_of_one_name_are_refused(tmp_path):

@@ -16,9 +16,11 @@ import contextlib
 import functools
 import heapq
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -195,9 +197,16 @@ class Layouts:
     def __init__(
         self, model: nn.Module, *, share_prompts: bool = True, one_line: bool = False, multiple: int | None = None
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self.share_prompts, self.one_line, self.multiple = share_prompts, one_line, multiple
         self._exact: set[str] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which is not kept alive."""
+        model = self._model()
+        assert model is not None
+        return model
 
     def __call__(self, rows: TokenRows, pad_token_id: int) -> Layout:
         """The cheapest exact layout of these rows."""
@@ -278,6 +287,16 @@ class Layouts:
         except Exception as error:  # whatever a model does that was not made for such inputs
             logger.info("The layout %r is not for this model: %s", kind, error)
             return None
+
+
+_layouts: WeakKeyDictionary[nn.Module, Layouts] = WeakKeyDictionary()
+
+
+def layouts_of(model: nn.Module, layouts: Layouts | None = None) -> Layouts:
+    """The layouts of a model that is called outside of a trainer's own steps; `layouts` sets them."""
+    if layouts is not None or model not in _layouts:
+        _layouts[model] = layouts or Layouts(model)
+    return _layouts[model]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from ..batch import TokenRows
 from ..errors import ConfigError
 from .head import after_head, score_tokens
-from .layout import PADDED, Layout, Layouts, Places, head_of, lay_out, token_outputs, unwrapped
+from .layout import PADDED, Layout, Layouts, Places, head_of, lay_out, layouts_of, token_outputs, unwrapped
 from .loading import evaluating
 
 STATES = "states"
@@ -154,6 +154,7 @@ def row_scores(
     """Scores of a sequence classifier with one output, read at the last token of each row.
 
     The place is known by length: the pad token may be the terminator, which some models would take for padding.
+    `layouts` says how rows are laid out; default: what this model computes exactly with the fewest tokens.
 
     Returns:
         (N,) float32 with gradient if enabled; what the model returned.
@@ -167,7 +168,7 @@ def _scored(
     model: nn.Module, rows: TokenRows, pad_token_id: int, layouts: Layouts | None
 ) -> tuple[Layout, Tensor | None, Any]:
     """The layout, what the head gave for every position, or None if it saw only some, and what the model returned."""
-    layout = _laid_out(rows, layouts, pad_token_id)
+    layout = (layouts or layouts_of(model))(rows, pad_token_id)
     with token_outputs(model) as found:
         output = model(**layout.inputs, use_cache=False)
     return layout, found.pop() if found and found[-1].dim() == 3 else None, output
@@ -177,6 +178,8 @@ def token_values(
     model: nn.Module, rows: TokenRows, *, pad_token_id: int, layouts: Layouts | None = None
 ) -> tuple[Tensor, Tensor]:
     """What a critic, a sequence classifier with one output, gives before each loss token and after the last token.
+
+    `layouts` as for `row_scores`.
 
     Returns:
         (T,) and (N,) float32 with gradient if enabled.

@@ -24,7 +24,7 @@ from ..batch import TokenRows
 from ..composition import implements_hooks
 from ..errors import ConfigError, HookResultError, NonFiniteLossError, OutputDirError
 from ..hookspecs import HookContext, hookimpl
-from ..models.layout import PADDED, Layouts
+from ..models.layout import PADDED, Layouts, layouts_of
 from ..models.loading import (
     add_adapter,
     disable_dropout,
@@ -316,7 +316,8 @@ class CoreTrainer(CheckpointedTrainer):
             )
         for name, module in self.extra_models.items():
             self._check_given_optimizer(name, module)
-            self.context.models[name] = self.accelerator.prepare_model(module)
+            self.context.models[name] = prepared = self.accelerator.prepare_model(module)
+            layouts_of(prepared, self._make_layouts(module))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `transformers.Trainer`, for the extra models too."""

@@ -41,7 +41,9 @@ class RewardModel:
                 f"The reward model knows {known} tokens, but number {largest} is in a prompt or was sampled.",
                 mend="Pass a reward model with another tokenizer in reward_funcs: there it scores the text.",
             )
-        rows = TokenRows.from_lists(prompt_ids, completion_ids).to(next(self.model.parameters()).device)
+        numbers: dict[tuple[int, ...], int] = {}
+        group = [numbers.setdefault(tuple(ids), len(numbers)) for ids in prompt_ids]
+        rows = TokenRows.from_lists(prompt_ids, completion_ids, group=group).to(next(self.model.parameters()).device)
         parts = rows.split(self.rows_at_a_time)
         return [x for part in parts for x in row_scores(self.model, part, pad_token_id=0)[0].tolist()]
 
