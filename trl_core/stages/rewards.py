@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..batch import Rollouts
 from ..errors import ConfigError, RewardError
+from ..processes import Deferred, Noted, ProcessEnded, Worker, packed
 
 
 def weighted_reward(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -31,15 +37,20 @@ class RewardFunctions:
     of this process. Coroutine functions run concurrently. A sequence classifier (id, path or module) scores the
     rendered prompt and completion.
 
+    With `processes`, functions that are neither coroutine functions nor hold a model are called in processes of their
+    own. Each is still called once for all rows, unless it has the attribute `row_by_row` set to True: then the score of
+    a row depends on this row alone, and the rows are dealt out to the processes.
+
     Args:
         functions: callables, model ids or paths, or modules.
         tokenizers: one per function, or None; only classifiers need one.
         timeout: seconds all functions together may take for one batch; None waits for ever.
         device: where classifiers run.
         trust_remote_code: for classifiers loaded by name.
+        processes: how many processes call plain functions; 0 calls them in this one.
 
     Raises:
-        ConfigError: no function was passed, or something that is none of these.
+        ConfigError: no function was passed, something that is none of these, or one that another process cannot load.
     """
 
     def __init__(
@@ -50,6 +61,7 @@ class RewardFunctions:
         timeout: float | None = None,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        processes: int = 0,
     ) -> None:
         listed = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
         if not listed or listed == [None]:
@@ -73,6 +85,21 @@ class RewardFunctions:
                 )
             self.functions.append(function)
             self.names.append(str(getattr(function, "__name__", type(function).__name__)))
+        self._sent = [f for f in self.functions if processes and not _is_awaited(f) and not _holds_model(f)]
+        for function in self._sent:
+            try:
+                packed(function)
+            except Exception as error:
+                raise self._unsendable([function], error) from error
+        by_row = any(getattr(f, "row_by_row", False) for f in self._sent)
+        self._count = processes if by_row else min(processes, len(self._sent))
+        self._workers: list[Worker] = []
+        self._start_workers()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether other work may go on while a batch is scored: a function is awaited, or called elsewhere."""
+        return bool(self._sent) or any(map(_is_awaited, self.functions))
 
     def __call__(self, rollouts: Rollouts, **context: Any) -> Tensor:
         """(N, R) float32 rewards, NaN where a function returned None or NaN.
@@ -81,55 +108,210 @@ class RewardFunctions:
             RewardError: a function raised, timed out, or returned the wrong number of values, something that is not
                 a number, or an infinite one.
         """
-        if not rollouts.num_rows:
-            return torch.zeros(0, len(self.functions))
+        return self.start(rollouts, **context).result()
+
+    def start(self, rollouts: Rollouts, **context: Any) -> Scoring:
+        """Call the functions; those that run in this process and are not awaited have returned when this does.
+
+        One batch is scored at a time: what other processes have not finished of an earlier one is given up.
+        """
         ids = [part.tolist() for part in rollouts.completion_ids.split(rollouts.completion_lengths.tolist())]
         prompt_ids = [part.tolist() for part in rollouts.prompt_ids.split(rollouts.prompt_lengths.tolist())]
-        arguments = {
+        of_rows = {
             "prompt_ids": prompt_ids,
             **rollouts.columns,
-            **context,
             "prompts": rollouts.prompts,
             "completions": rollouts.completions,
             "completion_ids": ids,
         }
-        results = self._run([_bind(function, arguments) for function in self.functions])
-        columns = [_column(*pair, rollouts.num_rows) for pair in zip(self.names, results, strict=True)]
-        return torch.tensor(columns, dtype=torch.float32).T.reshape(rollouts.num_rows, len(columns))
+        calls = []
+        for number, function in enumerate(self.functions if rollouts.num_rows else []):
+            sent = function in self._sent
+            parts = min(self._count, rollouts.num_rows) if sent and getattr(function, "row_by_row", False) else 1
+            for part in torch.arange(rollouts.num_rows).tensor_split(parts):
+                rows = range(int(part[0]), int(part[-1]) + 1)
+                call = _Call(number, self.names[number], function, rows)
+                offered: dict[str, Any] = {name: values[rows.start : rows.stop] for name, values in of_rows.items()}
+                for name, value in context.items():
+                    # A plain copy of the state: its class would import torch where nothing else may.
+                    given = SimpleNamespace(**vars(value)) if sent and is_dataclass(value) else value
+                    offered[name] = Deferred(name, call.noted) if callable(value) else given
+                call.bind(offered, self._sent.index(function) if sent else None)
+                calls.append(call)
+        self._start_workers()
+        return Scoring(self, calls, rollouts.num_rows, context)
 
-    def _run(self, calls: list[Callable[[], Any]]) -> list[Any]:
-        async def one(call: Callable[[], Any]) -> Any:
-            value = call()
-            return await value if inspect.isawaitable(value) else value
+    def _unsendable(self, functions: list[Callable[..., Any]], error: BaseException) -> ConfigError:
+        names = [self.names[self.functions.index(function)] for function in functions]
+        return ConfigError(
+            f"reward_processes: another process cannot load the reward functions {names}: "
+            f"{type(error).__name__}: {error}",
+            mend="Define them at the top level of a module that can be imported (no lambda, no function inside "
+            "another; on a command line module:name, not file.py:name), and put what starts the training under "
+            "`if __name__ == '__main__':`. Or set reward_processes=0.",
+        )
 
-        async def all_calls() -> list[Any]:
-            # Coroutines overlap while they wait; plain functions run one after the other.
-            return await asyncio.gather(*(one(call) for call in calls), return_exceptions=True)
-
-        outcome: dict[str, Any] = {}
-
-        def work() -> None:
+    def _start_workers(self) -> None:
+        """Start those that are missing: all in the beginning, later those that have ended."""
+        for worker in self._workers:
+            if not worker.ready:
+                worker.close()
+        self._workers = [worker for worker in self._workers if worker.ready]
+        fresh = [Worker(packed(self._sent)) for _ in range(self._count - len(self._workers))]
+        for worker in fresh:
             try:
-                outcome["results"] = asyncio.run(all_calls())
+                worker.receive()
             except BaseException as error:
-                outcome["error"] = error
+                raise self._unsendable(self._sent, error) from error
+        self._workers += fresh
 
-        # A thread of its own: works inside a running event loop (notebooks), and a hanging call can be given up.
-        thread = threading.Thread(target=work, name="trl-core-rewards", daemon=True)
-        thread.start()
-        thread.join(self.timeout)
-        if thread.is_alive():
+    def take_workers(self, count: int) -> list[Worker]:
+        """At most so many workers, which are busy from now on."""
+        for worker in (taken := self._workers[:count]):
+            worker.busy = True
+        return taken
+
+    def close(self) -> None:
+        """End the processes; the next batch starts them again."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.close()
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a reward function."""
+
+    number: int
+    name: str
+    function: Callable[..., Any]
+    rows: range
+    arguments: dict[str, Any] = field(default_factory=dict)
+    noted: Noted = field(default_factory=list)
+    request: bytes | None = None
+    """For another process."""
+    done: bool = False
+    result: Any = None
+    error: RewardError | None = None
+
+    def bind(self, offered: dict[str, Any], sent_as: int | None) -> None:
+        """Take those of the arguments that the function accepts, packed if they are to be sent."""
+        self.arguments, missing = accepted_arguments(self.function, offered)
+        if missing:
             raise RewardError(
-                f"The reward functions {self.names} did not return within reward_timeout={self.timeout} s.",
+                f"The reward function {self.name!r} wants the arguments {missing}, which the dataset has no columns "
+                "for.",
+                mend=f"Add the columns, or take some of: {', '.join(sorted(offered))}.",
+            )
+        try:
+            self.request = None if sent_as is None else packed((sent_as, self.arguments, self.noted))
+        except Exception as error:
+            raise RewardError(
+                f"The reward function {self.name!r} is called in another process, to which some of its arguments "
+                f"({', '.join(self.arguments)}) cannot be sent: {error}",
+                mend="Let it take only arguments it needs, without **kwargs, or set reward_processes=0.",
+            ) from error
+
+    def fail(self, error: BaseException) -> None:
+        """Note what the function raised."""
+        self.error = RewardError(
+            f"The reward function {self.name!r} raised {type(error).__name__}: {error}",
+            mend="Fix the function, or return None for rows it cannot score.",
+        )
+        self.error.__cause__ = error
+
+
+class Scoring:
+    """The calls of the reward functions for one batch, under way; `result` waits for them.
+
+    What functions log with `log_extra` and `log_metric` is noted, and logged by `result` in the order of the functions.
+    """
+
+    def __init__(self, owner: RewardFunctions, calls: list[_Call], rows: int, context: dict[str, Any]) -> None:
+        self.owner, self.calls, self.rows, self.context = owner, calls, rows, context
+        self._deadline = None if owner.timeout is None else time.monotonic() + owner.timeout
+        self._jobs = deque(call for call in calls if call.request is not None)
+        self._called = threading.Event()
+        self._threads = [_thread(self._call_in, worker) for worker in owner.take_workers(len(self._jobs))]
+        if here := [call for call in calls if call.request is None]:
+            self._threads.append(_thread(self._call_here, here))
+            self._called.wait(owner.timeout)
+
+    def _call_in(self, worker: Worker) -> None:
+        while self._jobs:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                call = self._jobs.popleft()
+                try:
+                    call.result, call.noted = worker.call(call.request or b"")
+                except ProcessEnded as error:
+                    call.fail(error)
+                    self._jobs.clear()
+                except BaseException as error:
+                    call.fail(error)
+                call.done = True
+        worker.busy = False
+
+    def _call_here(self, calls: list[_Call]) -> None:
+        async def one(call: _Call) -> None:
+            try:
+                call.result = call.function(**call.arguments)
+                if inspect.isawaitable(call.result):
+                    call.result = await call.result
+            except BaseException as error:
+                call.fail(error)
+            call.done = True
+
+        async def all_calls() -> None:
+            # Coroutines overlap while they wait; plain functions run one after the other.
+            under_way = asyncio.gather(*map(one, calls))
+            asyncio.get_running_loop().call_soon(self._called.set)  # comes after the first step of each
+            await under_way
+
+        try:
+            asyncio.run(all_calls())
+        finally:
+            self._called.set()
+
+    def result(self) -> Tensor:
+        """(N, R) rewards; see `RewardFunctions`."""
+        for thread in self._threads:
+            thread.join(None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0))
+        late = dict.fromkeys(call.name for call in self.calls if not call.done)
+        if late and any(thread.is_alive() for thread in self._threads):
+            self._jobs.clear()
+            self.owner.close()
+            raise RewardError(
+                f"The reward functions {list(late)} did not return within reward_timeout={self.owner.timeout} s.",
                 mend="Find what hangs, or raise reward_timeout.",
             )
-        for name, result in zip(self.names, outcome.get("results", [outcome.get("error")]), strict=False):
-            if isinstance(result, BaseException):
-                raise RewardError(
-                    f"The reward function {name!r} raised {type(result).__name__}: {result}",
-                    mend="Fix the function, or return None for rows it cannot score.",
-                ) from result
-        return list(outcome["results"])
+        columns: list[list[float]] = [[] for _ in self.owner.functions]
+        for call in self.calls:
+            try:
+                for name, args, kwargs in call.noted:
+                    self.context[name](*args, **kwargs)
+            except Exception as error:
+                call.fail(error)
+            if call.error is not None:
+                raise call.error
+        for call in self.calls:
+            columns[call.number] += _column(call.name, call.result, call.rows)
+        return torch.tensor(columns, dtype=torch.float32).T.reshape(self.rows, len(columns))
+
+
+def _thread(work: Callable[..., None], *args: Any) -> threading.Thread:
+    """Started: it works inside a running event loop (notebooks), and what hangs in it can be given up."""
+    thread = threading.Thread(target=work, args=args, name="trl-core-rewards", daemon=True)
+    thread.start()
+    return thread
+
+
+def _is_awaited(function: Callable[..., Any]) -> bool:
+    return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+
+
+def _holds_model(function: Callable[..., Any]) -> bool:
+    owner = getattr(function, "__self__", function)
+    return any(isinstance(value, nn.Module) for value in getattr(owner, "__dict__", {}).values())
 
 
 def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -141,28 +323,16 @@ def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) ->
     return {name: offered[name] for name in parameters if name in offered}, missing
 
 
-def _bind(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
-    """A call of `function` with those of the arguments that it accepts."""
-    accepted, missing = accepted_arguments(function, arguments)
-    if missing:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise RewardError(
-            f"The reward function {name!r} wants the arguments {missing}, which the dataset has no columns for.",
-            mend=f"Add the columns, or take some of: {', '.join(sorted(arguments))}.",
-        )
-    return lambda: function(**accepted)
-
-
-def _column(name: str, result: Any, rows: int) -> list[float]:
+def _column(name: str, result: Any, rows: range) -> list[float]:
     values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, list | tuple) or len(values) != rows:
+    if not isinstance(values, list | tuple) or len(values) != len(rows):
         got = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
         raise RewardError(
-            f"The reward function {name!r} returned {got} for {rows} rows.",
+            f"The reward function {name!r} returned {got} for {len(rows)} rows.",
             mend="Return a list with one number (or None) per completion.",
         )
     column = []
-    for row, value in enumerate(values):
+    for row, value in zip(rows, values, strict=True):
         try:
             number = float("nan") if value is None else float(value)
         except (TypeError, ValueError):

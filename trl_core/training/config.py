@@ -220,6 +220,16 @@ class OnlineConfig(CoreConfig):
     chat_template_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the chat template.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; default all 1.")
     reward_timeout: float | None = option(None, "Seconds the reward functions may take per batch.", resume=False)
+    reward_processes: int = option(
+        0,
+        "Processes that call plain reward functions (parsing, running code, symbolic maths); 0 calls them in this one.",
+        resume=False,
+    )
+    overlap_rewards: bool = option(
+        True,
+        "Go on while a batch is scored by coroutine functions or other processes, where that changes no result.",
+        resume=False,
+    )
     mask_truncated_completions: bool = option(
         False, "Leave completions without terminator out of the loss; their rewards still count in the group."
     )
@@ -261,6 +271,11 @@ class OnlineConfig(CoreConfig):
         for name in ("num_iterations", "max_completion_length", "dynamic_sampling_max_rounds", "generation_rows"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name}={value} is below 1.", "Give at least 1.")
+        require(
+            self.reward_processes >= 0,
+            f"reward_processes={self.reward_processes} is negative.",
+            "Give the number of processes, or 0 for none.",
+        )
         require(
             self.temperature > 0, f"temperature={self.temperature} is not above 0.", "Sampling needs a positive one."
         )

@@ -76,6 +76,7 @@ class OnlineTrainer(RolloutSteps):
             timeout=checked.reward_timeout,
             device=checked.device,
             trust_remote_code=checked.trust_remote_code,
+            processes=checked.reward_processes,
         )
         self.reward_weights = _reward_weights(checked.reward_weights, self.reward_functions.names)
         self.completion_log = CompletionLog(checked)
@@ -157,7 +158,14 @@ class OnlineTrainer(RolloutSteps):
     # -- from rollouts to samples ---------------------------------------------------------------------------------
     def _new_window(self, rows: list[dict[str, Any]]) -> Window:
         args = self.args
-        rollouts = self.roll_out(rows, args.num_generations)
+        measured = None
+        if self._measures_all:
+            unscored, own = self.begin_roll_out(rows, args.num_generations)
+            own_rewards = self.start_scoring(own)
+            measured = self._measured(unscored)
+            rollouts = self.end_roll_out(unscored, own_rewards)
+        else:
+            rollouts = self.roll_out(rows, args.num_generations)
         if args.dynamic_sampling:
             rollouts = self._refill(rollouts)
         keep = torch.ones(rollouts.num_rows, dtype=torch.bool)
@@ -168,7 +176,7 @@ class OnlineTrainer(RolloutSteps):
                 "The hook keep answered differently in different processes.",
                 mend="Make filters give the same answer for the same rows: no random numbers, no clock.",
             )
-        samples = self._samples(rollouts, keep)
+        samples = self._samples(rollouts, keep, measured)
         samples = checked("select", self.hooks.call.select(samples=samples), Samples).validate()
         self._follow_policy(samples)
         self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
@@ -176,18 +184,31 @@ class OnlineTrainer(RolloutSteps):
         self.generations += 1
         return Window(samples, _counters(samples, args.slices), self.generations - 1)
 
-    def _samples(self, rollouts: Rollouts, keep: Tensor) -> Samples:
-        """The kept rows with advantages and the log-probabilities the loss needs, over all processes."""
-        sampling_logps = rollouts.sampling_logps
+    @property
+    def _measures_all(self) -> bool:
+        """Whether rows can be measured while their rewards are computed: all are kept, and no hook sees a reward."""
+        looks = any(map(self.hooks.changed, ("keep", "reference_logps", "annotate")))
+        return self.overlaps and not self.args.dynamic_sampling and not looks
+
+    def _measured(self, rollouts: Rollouts, keep: Tensor | None = None) -> Samples:
+        """The kept rows, or all, with what the models say about them."""
+        sampling_logps, rows = rollouts.sampling_logps, rollouts.num_rows
         samples = Samples(
             **{f: getattr(rollouts, f) for f in ("prompt_ids", "prompt_lengths", "completion_ids")},
-            **{f: getattr(rollouts, f) for f in ("completion_lengths", "loss_mask", "group", "reward")},
+            **{f: getattr(rollouts, f) for f in ("completion_lengths", "loss_mask", "group")},
+            reward=torch.full((rows,), float("nan")) if rollouts.reward is None else rollouts.reward,
             advantages=torch.zeros(int(rollouts.loss_mask.sum())),
-            position=torch.arange(rollouts.num_rows),
-            generation=torch.full((rollouts.num_rows,), self.generations),
+            position=torch.arange(rows),
+            generation=torch.full((rows,), self.generations),
             sampling_logps=None if sampling_logps is None else sampling_logps[rollouts.loss_mask],
-        ).take(keep.nonzero().flatten())
+        ).take(torch.arange(rows) if keep is None else keep.nonzero().flatten())
         self._measure(samples)
+        return samples
+
+    def _samples(self, rollouts: Rollouts, keep: Tensor, measured: Samples | None = None) -> Samples:
+        """The kept rows with advantages and the log-probabilities the loss needs, over all processes."""
+        samples = measured or self._measured(rollouts, keep)
+        samples.reward = rollouts.reward[keep]
         kept_tokens = keep[rollouts.row_of_token]
 
         def of_all_rows(values: Tensor) -> Tensor:
@@ -408,22 +429,21 @@ class OnlineTrainer(RolloutSteps):
         return loss + late - late.detach()
 
     # -- evaluation -----------------------------------------------------------------------------------------------
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Generate, score and compute the loss on all prompts; nothing is filtered, selected or stored."""
         kept = (self.window, self.generations, self.num_tokens)
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(self.roll_out_each(dataloader, self._eval_generations), *args, **kwargs)
         finally:
             self.window, self.generations, self.num_tokens = kept
 
-    def _evaluate_batch(self, batch: list[dict[str, Any]]) -> int:
-        self.metrics.tick += 1
-        rollouts = self.roll_out(batch, self._eval_generations)
+    def _evaluate_batch(self, batch: tuple[int, Rollouts]) -> int:
+        prompts, rollouts = batch
         samples = self._samples(rollouts, torch.ones(rollouts.num_rows, dtype=torch.bool))
         self.window = Window(samples, _counters(samples), 0)
         own = samples.take(self._share(samples.num_rows)).to(self.args.device)
         self._record("loss", self.compute_loss(self.model, own))
-        return len(batch)
+        return prompts
 
     # -- state ----------------------------------------------------------------------------------------------------
     def _prepare_for_training(self, *args: Any) -> Any:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +19,7 @@ from ..errors import HookResultError, TRLCoreError
 from ..hookspecs import hookimpl
 from ..stages.advantages import group_std
 from ..stages.generation import generate
-from ..stages.rewards import RewardFunctions, weighted_reward
+from ..stages.rewards import RewardFunctions, Scoring, weighted_reward
 from .base import CoreTrainer, DefaultHooks
 from .completions import CompletionLog
 from .config import OnlineConfig, as_dict
@@ -40,12 +43,7 @@ class OnlineDefaults(DefaultHooks):
     @hookimpl
     def score(self, rollouts: Rollouts) -> Tensor:
         """The trainer's reward functions."""
-        return self.trainer.reward_functions(
-            rollouts,
-            trainer_state=self.trainer.state,
-            log_extra=self.trainer.completion_log.extra,
-            log_metric=self.trainer.context.log,
-        )
+        return self.trainer.start_reward_functions(rollouts).result()
 
     @hookimpl
     def select(self, samples: Samples) -> Samples:
@@ -61,6 +59,10 @@ def checked(hook: str, answer: Any, kind: type[_T]) -> _T:
             mend="See trl_core.hookspecs for what each hook returns.",
         )
     return answer
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 class RolloutSteps(CoreTrainer):
@@ -106,24 +108,109 @@ class RolloutSteps(CoreTrainer):
         Raises:
             TRLCoreError: it failed, here or in another process; then all processes raise.
         """
-        try:
-            failure, own = None, self._own_rollouts(rows, generations)
-        except Exception as error:
-            failure, own = error, None
-        parts = gather_object([own or f"Process {self.accelerator.process_index} failed: {failure}"])
-        messages = [part for part in parts if isinstance(part, str)]
-        if messages:
-            # Raised only now, so that no process waits for one that has stopped.
-            self.failed_everywhere = True
-            raise failure or TRLCoreError(messages[0], mend="See the error of that process.")
+        parts = self._of_all(lambda: self._own_rollouts(rows, generations, score=True))
+        return self._with_reward(Rollouts.concat([part for part in parts if part.num_rows] or parts[:1]))
+
+    def begin_roll_out(self, rows: list[dict[str, Any]], generations: int) -> tuple[Rollouts, Rollouts]:
+        """The first half of `roll_out`: the rollouts of all processes, still without rewards, and those of this one."""
+        parts = self._of_all(lambda: self._own_rollouts(rows, generations, score=False))
         rollouts = Rollouts.concat([part for part in parts if part.num_rows] or parts[:1])
+        return rollouts, parts[self.accelerator.process_index]
+
+    def end_roll_out(self, rollouts: Rollouts, own_rewards: Callable[[], Tensor]) -> Rollouts:
+        """The second half: the rollouts with the rewards of all processes; `own_rewards` is from `start_scoring`."""
+        rollouts.rewards = torch.cat(self._of_all(own_rewards))
+        return self._with_reward(rollouts)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether rewards may be computed beside other work, which no hook notices, so `roll_out` may be divided."""
+        return self.args.overlap_rewards and self.reward_functions.overlaps and not self.hooks.changed("score")
+
+    def roll_out_each(
+        self, batches: Iterable[list[dict[str, Any]]], generations: int
+    ) -> Iterator[tuple[int, Rollouts]]:
+        """The number of prompts and the rollouts of each batch, a tick each.
+
+        Where that overlaps, a batch is scored while the next one is generated. The policy must not move.
+        """
+        if not self.overlaps:
+            for batch in batches:
+                self.metrics.tick += 1
+                yield len(batch), self.roll_out(batch, generations)
+            return
+        waiting: tuple[int, Rollouts, Callable[[], Tensor]] | None = None
+        for tick, rows in enumerate(chain(batches, [None]), self.metrics.tick + 1):
+            self.metrics.tick = tick
+            try:
+                generated = None if rows is None else self.begin_roll_out(rows, generations)
+            except Exception:
+                if waiting is not None:
+                    self.end_roll_out(*waiting[1:])  # what fails here would have failed first
+                raise
+            self.metrics.tick = tick - 1
+            scored = None if waiting is None else (waiting[0], self.end_roll_out(*waiting[1:]))
+            if rows is not None and generated is not None:
+                waiting = len(rows), generated[0], self.start_scoring(generated[1])
+            if scored is not None:
+                yield scored
+
+    def start_reward_functions(self, rollouts: Rollouts) -> Scoring:
+        """Call the reward functions for rows of this process."""
+        return self.reward_functions.start(
+            rollouts,
+            trainer_state=self.state,
+            log_extra=self.completion_log.extra,
+            log_metric=self.context.log,
+        )
+
+    def start_scoring(self, own: Rollouts) -> Callable[[], Tensor]:
+        """Begin to score the rows of this process. What is returned waits for the rewards, or raises what failed."""
+        start = time.perf_counter()
+        try:
+            result = self.start_reward_functions(own).result
+        except Exception as error:
+            result = partial(_raise, error)  # only where all processes raise
+        started = time.perf_counter() - start
+
+        def rewards() -> Tensor:
+            start = time.perf_counter()
+            values = result()
+            self._record("time/score", started + time.perf_counter() - start)
+            return values
+
+        return rewards
+
+    def _with_reward(self, rollouts: Rollouts) -> Rollouts:
         rollouts.reward = weighted_reward(rollouts.rewards, self.reward_weights)
         if bool(torch.isnan(rollouts.reward).all()) and not self._warned_unscored:
             self._warned_unscored = True
             logger.warning("No reward function scored any row of a generation batch; such batches teach nothing.")
         return rollouts
 
-    def _own_rollouts(self, rows: list[dict[str, Any]], generations: int) -> Rollouts:
+    def _of_all(self, work: Callable[[], _T]) -> list[_T]:
+        """What `work` makes in each process; if it fails in any, all raise."""
+        failure: Exception | None = None
+        try:
+            own: Any = work()
+        except Exception as error:
+            failure, own = error, f"Process {self.accelerator.process_index} failed: {error}"
+        parts = gather_object([own])
+        messages = [part for part in parts if isinstance(part, str)]
+        if messages:
+            # Raised only now, so that no process waits for one that has stopped.
+            self.failed_everywhere = True
+            raise failure or TRLCoreError(messages[0], mend="See the error of that process.")
+        return list(parts)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `CheckpointedTrainer.train`. No process of the reward functions is left afterwards."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.reward_functions.close()
+
+    def _own_rollouts(self, rows: list[dict[str, Any]], generations: int, *, score: bool) -> Rollouts:
         """The share of this process."""
         own = self._share(len(rows) * generations)
         mine = [rows[i // generations] for i in own]
@@ -148,9 +235,10 @@ class RolloutSteps(CoreTrainer):
         self._record("time/generate", time.perf_counter() - start)
         columns = {name: [row[name] for row in mine] for name in (rows[0] if rows else {}) if name != "prompt"}
         rollouts = self._as_rollouts(prompts, generated, columns)
-        start = time.perf_counter()
-        rollouts.rewards = self._score(rollouts)
-        self._record("time/score", time.perf_counter() - start)
+        if score:
+            start = time.perf_counter()
+            rollouts.rewards = self._score(rollouts)
+            self._record("time/score", time.perf_counter() - start)
         return rollouts
 
     def _as_rollouts(self, prompts: Prompts, generated: Generated, columns: dict[str, list[Any]]) -> Rollouts:
