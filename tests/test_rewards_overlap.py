@@ -176,9 +176,18 @@ class OwnScore(TrainerCallback):
         return (yield) * 1.0
 
 
-@pytest.mark.parametrize("how", ["hook", "option", "plain"])
+class Remembers(Watch):
+    """Its loss term belongs to the batch it saw last."""
+
+    @hookimpl
+    def loss_terms(self, logps):
+        self.seen.append(f"loss {self.begun}")
+        return {}
+
+
+@pytest.mark.parametrize("how", ["hook", "option", "plain", "memory"])
 def test_without_overlap_a_batch_is_scored_before_the_next_generation(how, tmp_path):
-    watch, calls = Watch(), []
+    watch, calls = Remembers() if how == "memory" else Watch(), []
 
     async def noted(completions, **_):
         await asyncio.sleep(0.05)
@@ -193,9 +202,11 @@ def test_without_overlap_a_batch_is_scored_before_the_next_generation(how, tmp_p
     function = plain if how == "plain" else noted
     options = {"overlap_rewards": how != "option"}
     trainer = trainer_of(tmp_path, function, evaluation=dataset(3), callbacks=callbacks, **options)
-    assert not trainer.overlaps
+    assert trainer.overlaps is (how == "memory")
     trainer.evaluate()
     assert calls == [1, 2, 3]
+    if how == "memory":
+        assert watch.seen == [f"{what} {i}" for i in (1, 2, 3) for what in ("generate", "loss")]
 
 
 # -- training: rows are measured while they are scored ----------------------------------------------------------------

@@ -187,8 +187,8 @@ class OnlineTrainer(RolloutSteps):
     @property
     def _measures_all(self) -> bool:
         """Whether rows can be measured while their rewards are computed: all are kept, and no hook sees a reward."""
-        looks = any(map(self.hooks.changed, ("keep", "reference_logps", "annotate")))
-        return self.overlaps and not self.args.dynamic_sampling and not looks
+        free = self.overlaps and not self.args.dynamic_sampling
+        return free and not any(map(self.hooks.changed, ("keep", "reference_logps", "annotate")))
 
     def _measured(self, rollouts: Rollouts, keep: Tensor | None = None) -> Samples:
         """The kept rows, or all, with what the models say about them."""

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..batch import Generated, Prompts, Rollouts, Samples, Sampling
+from ..composition import DEFAULTS, marked
 from ..data import prompts as prompt_data
 from ..errors import HookResultError, TRLCoreError
 from ..hookspecs import hookimpl
@@ -27,6 +28,7 @@ from .loader import SparePrompts
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_AFTER_GENERATION = ("reference_logps", "annotate", "advantages", "log_ratio", "loss_terms")
 
 
 class OnlineDefaults(DefaultHooks):
@@ -132,9 +134,11 @@ class RolloutSteps(CoreTrainer):
     ) -> Iterator[tuple[int, Rollouts]]:
         """The number of prompts and the rollouts of each batch, a tick each.
 
-        Where that overlaps, a batch is scored while the next one is generated. The policy must not move.
+        Where that overlaps, a batch is scored while the next one is generated, unless who generates takes part in a
+        later step too, and may remember its latest batch. The policy must not move.
         """
-        if not self.overlaps:
+        generators = [impl.plugin for impl in self.hooks.call.generate.get_hookimpls() if impl.plugin_name != DEFAULTS]
+        if not self.overlaps or any(marked(plugin, hook) for plugin in generators for hook in _AFTER_GENERATION):
             for batch in batches:
                 self.metrics.tick += 1
                 yield len(batch), self.roll_out(batch, generations)
