@@ -1,4 +1,4 @@
-"""A decoding loop for groups: a prompt runs through the model once, and ended rows leave the batch.
+"""A decoding loop for groups: a prompt runs through the model once, and ended rows leave the batch to waiting ones.
 
 `transformers` prepares everything and calls the loop (`model.generate(custom_generate=...)`); its own processors and
 stopping criteria choose and end tokens, so every sampling option means what it means there. Whatever the loop does not
@@ -260,7 +260,7 @@ class _Loop:
 def draw(probabilities: Tensor) -> Tensor:
     """(n,) one column of each row of (n, V), drawn with these probabilities.
 
-    `torch.multinomial` draws an exponential variate for every column; on a CPU that is an eighth of a small model's
+    `torch.multinomial` draws an exponential variate for every column, on a CPU a noticeable part of a small model's
     step. There one uniform variate is drawn for each row, and looked up in the sums of the probabilities.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64) if probabilities.device.type == "cpu" else None
