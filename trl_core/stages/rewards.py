@@ -269,8 +269,10 @@ class Scoring:
 
         try:
             asyncio.run(all_calls())
-        finally:
-            self._called.set()
+        except Exception as error:  # no event loop
+            for call in calls:
+                call.fail(error)
+        self._called.set()
 
     def result(self) -> Tensor:
         """(N, R) rewards; see `RewardFunctions`."""
