@@ -93,9 +93,10 @@ def _try(model: nn.Module, head: nn.Linear) -> AfterHead | None:
 
     def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         seen.append(args[0].shape)
+        torch.set_grad_enabled(True)  # from here on, to see whether a trained number takes part
         return given.clone()
 
-    with head.register_forward_hook(replace), torch.enable_grad():  # to see whether a trained number takes part
+    with torch.no_grad(), head.register_forward_hook(replace):
         logits: Tensor = model(**inputs).logits
     with head.register_forward_pre_hook(lambda module, args: (args[0][:, :0], *args[1:])):
         left = model(**inputs).logits.numel()
