@@ -29,6 +29,9 @@ calls = []
 def length(completions, **_):
     return [float(len(text)) for text in completions]
 
+def letters(completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]  # different for different texts of a length
+
 def second(completions, **_):
     calls.append(1)
     return [0.0] * len(completions)
@@ -123,7 +126,8 @@ def refused(monkeypatch):
 def finished(folder):
     """Two steps, with a checkpoint after each."""
     with contextlib.chdir(folder):
-        words = [*NEEDED, *flags(**SMALL | {"save_strategy": "steps", "save_steps": 1}, learning_rate=0.1)]
+        needed = flags(model="model", dataset="prompts.jsonl", reward_funcs="functions.py:letters")
+        words = [*needed, *flags(**SMALL | {"save_strategy": "steps", "save_steps": 1}, learning_rate=0.1)]
         return train(*words, "--output_dir", "finished")
 
 
