@@ -232,3 +232,8 @@ def test_router_loss_refuses_parts(tmp_path):
         make_trainer(tmp_path, trainer={"model": model}, max_tokens_per_forward=64)
     with pytest.raises(ConfigError, match="max_tokens_per_forward=0"):
         make_trainer(tmp_path, max_tokens_per_forward=0)
+
+
+def test_reward_models_refuse_parts(tmp_path):
+    with pytest.raises(ConfigError, match="max_tokens_per_forward=64 does not act on reward models"):
+        make_offline(tmp_path, "Reward", max_tokens_per_forward=64)

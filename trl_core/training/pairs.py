@@ -16,6 +16,7 @@ from ..data.tokenization import cut, prepare_pairs, prepare_ranked
 from ..errors import CheckpointError, ConfigError
 from ..models.loading import load_classifier
 from ..models.logprobs import row_scores
+from ..options import require
 from ..stages.aggregate import pair_mean, per_token
 from .offline import OfflineTrainer
 from .state import read_state
@@ -214,6 +215,13 @@ class ScoreTrainer(_OnPairs):
 
     tokenised: ClassVar[tuple[str, ...]] = ("chosen_ids", "rejected_ids")
     new_head = "score"
+
+    def _check_parts(self, args: Any) -> None:
+        require(
+            args.max_tokens_per_forward is None,
+            f"max_tokens_per_forward={args.max_tokens_per_forward} does not act on reward models.",
+            "Leave it out, and lower per_device_train_batch_size.",
+        )
 
     def _load_model(self, model: Any, args: Any) -> nn.Module:
         return load_classifier(model, args.model_init_kwargs, args.trust_remote_code)
