@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +288,7 @@ class Layouts:
             return None
 
 
-_layouts: WeakKeyDictionary[nn.Module, Layouts] = WeakKeyDictionary()
+_layouts: weakref.WeakKeyDictionary[nn.Module, Layouts] = weakref.WeakKeyDictionary()
 
 
 def layouts_of(model: nn.Module, layouts: Layouts | None = None) -> Layouts:

@@ -110,7 +110,7 @@ def token_logps(
     Raises:
         ConfigError: hidden states are asked for and the model's output head is not known.
     """
-    layout = _laid_out(rows, layouts, pad_token_id)
+    layout = layouts(rows, pad_token_id) if layouts else lay_out(rows, PADDED, pad_token_id=pad_token_id)
     head = head_of(model)
     # A static graph waits for the gradient of what its forward returned.
     static = getattr(model, "static_graph", False) or is_fsdp_managed_module(model)
@@ -140,12 +140,6 @@ def token_logps(
     )
     found = {name: value.float() for name, value in found.items()}
     return TokenScores(found.pop("logp"), output, found, None if last is None else seen.hidden, seen.last)
-
-
-def _laid_out(rows: TokenRows, layouts: Layouts | None, pad_token_id: int) -> Layout:
-    if layouts is None:
-        return lay_out(rows, PADDED, pad_token_id=pad_token_id)
-    return layouts(rows, pad_token_id)
 
 
 def row_scores(

@@ -62,15 +62,14 @@ def joined(scores: Sequence[TokenScores], rows: TokenRows, parts: Sequence[Tenso
     number[members] = torch.arange(members.numel(), device=members.device)
     # The place of each token of `rows` in what is joined.
     place = torch.argsort(torch.argsort(number[rows.row_of_token], stable=True))
-    last = scores[-1]
+    states = [part.states for part in scores if part.states is not None]
+    last_states = [part.last_states for part in scores if part.last_states is not None]
     return TokenScores(
         torch.cat([part.logps for part in scores])[place],
-        last.output,
-        {name: torch.cat([part.statistics[name] for part in scores])[place] for name in last.statistics},
-        None if last.states is None else torch.cat([part.states for part in scores if part.states is not None])[place],
-        None
-        if last.last_states is None
-        else torch.cat([part.last_states for part in scores if part.last_states is not None])[number],
+        scores[-1].output,
+        {name: torch.cat([part.statistics[name] for part in scores])[place] for name in scores[-1].statistics},
+        torch.cat(states)[place] if states else None,
+        torch.cat(last_states)[number] if last_states else None,
     )
 
 

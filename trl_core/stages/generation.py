@@ -96,8 +96,8 @@ def _generate(
         rows: list[Tensor] = []
         for first in range(0, len(prompts), places):
             part = slice(first, first + places)
-            own = {name: value[part] for name, value in inputs.items()}
-            rows += _generate(model, prompts[part], own, options, tokenizer, None)
+            some = {name: value[part] for name, value in inputs.items()}
+            rows += _generate(model, prompts[part], some, options, tokenizer, None)
         return pad_sequence(rows, batch_first=True, padding_value=options["pad_token_id"])
     config = GenerationConfig(**options)  # type: ignore[no-untyped-call]
     kwargs = {"tokenizer": tokenizer} if stops else {}

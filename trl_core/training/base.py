@@ -291,9 +291,13 @@ class CoreTrainer(CheckpointedTrainer):
         models: dict[str, nn.Module] = {}
         for answer in self.hooks.call.extra_models(policy=policy):
             for name, module in answer.items():
-                wrong = "twice" if name in models else "" if isinstance(module, nn.Module) else "to no module"
+                wrong = None
                 if name in CHECKPOINT_FILES:
                     wrong = "which a file of each checkpoint has"
+                elif name in models:
+                    wrong = "twice"
+                elif not isinstance(module, nn.Module):
+                    wrong = "to no module"
                 if wrong:
                     raise HookResultError(
                         f"extra_models gave the name {name!r} {wrong}.",

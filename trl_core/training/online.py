@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -370,7 +370,7 @@ class OnlineTrainer(RolloutSteps):
         }
         loss = aggregate(terms, weights, accumulation)
         if probe is not None:
-            loss = self._with_still_rows(model, loss, samples.take(still), probe)
+            loss = self._with_still_rows(model, loss, samples, still, probe)
         loss = self._add_router_loss(loss, output, accumulation)
         self._record("entropy", samples.entropy.detach().mean(), logps.numel())
         if training:
@@ -378,8 +378,7 @@ class OnlineTrainer(RolloutSteps):
         return (loss, output) if return_outputs else loss
 
     def _still_rows(self, samples: Samples) -> Tensor:
-        """Which rows, whole groups of the micro-batch, have no advantage anywhere, so that they may teach nothing."""
-        none = torch.zeros(0, dtype=torch.long, device=samples.group.device)
+        """(N,) bool: rows of groups that have no advantage anywhere in the micro-batch, so may teach nothing."""
         if (
             not self.context.training
             or self.still_rows_count
@@ -389,9 +388,9 @@ class OnlineTrainer(RolloutSteps):
             or self.is_sharded
             or self.layouts.drops  # the noise would be another one
         ):
-            return none
+            return torch.zeros_like(samples.group, dtype=torch.bool)
         moved = samples.sum_per_row((samples.advantages != 0).float()) > 0
-        return (~torch.isin(samples.group, samples.group[moved])).nonzero().flatten()
+        return ~torch.isin(samples.group, samples.group[moved])
 
     def _score_moving(self, model: Any, samples: Samples, still: Tensor) -> tuple[TokenScores, Tensor | None]:
         """Scores of a micro-batch, and the part of their log-probabilities that was computed without gradient.
@@ -403,28 +402,22 @@ class OnlineTrainer(RolloutSteps):
             temperature=self.args.temperature,
             entropy_grad=getattr(self.args, "entropy_needs_grad", False),
         )
-        if not still.numel():
+        if not bool(still.any()):
             return score(model, samples, "entropy"), None
+        resting, moving = still.nonzero().flatten(), (~still).nonzero().flatten()
         with torch.no_grad():
-            resting = without_output(score(self.accelerator.unwrap_model(model), samples.take(still), "entropy"))
-        resting.logps.requires_grad_()
-        moving = torch.ones(samples.num_rows, dtype=torch.bool, device=still.device)
-        moving[still] = False
-        if not bool(moving.any()):
-            placeholder = _placeholder(self.pad_token_id, samples.notes).to(self.args.device)
-            idle = score(model, placeholder, "entropy")
-            return replace(resting, output=idle.output, logps=torch.cat([resting.logps, idle.logps])), resting.logps
-        rest = moving.nonzero().flatten()
-        scores = joined([resting, score(model, samples.take(rest), "entropy")], samples, [still, rest])
-        return scores, resting.logps
+            found = without_output(score(self.accelerator.unwrap_model(model), samples.take(resting), "entropy"))
+        found.logps.requires_grad_()
+        rest = samples.take(moving) if moving.numel() else _placeholder(self.pad_token_id, ()).to(self.args.device)
+        return joined([found, score(model, rest, "entropy")], samples, [resting, moving]), found.logps
 
-    def _with_still_rows(self, model: Any, loss: Tensor, rows: Samples, probe: Tensor) -> Tensor:
+    def _with_still_rows(self, model: Any, loss: Tensor, samples: Samples, still: Tensor, probe: Tensor) -> Tensor:
         """The loss with the gradient of rows that were scored without, if they have one: then they do from now on."""
         (gradient,) = torch.autograd.grad(loss, probe, retain_graph=True, allow_unused=True)
         if gradient is None or not bool(gradient.count_nonzero()):
             return loss
         self.still_rows_count = True
-        policy = self.accelerator.unwrap_model(model)
+        policy, rows = self.accelerator.unwrap_model(model), samples.take(still.nonzero().flatten())
         late = (self.score(policy, rows, temperature=self.args.temperature).logps * gradient).sum()
         return loss + late - late.detach()
 
