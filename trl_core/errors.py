@@ -88,6 +88,19 @@ class CheckpointError(TRLCoreError, ValueError):
     """A checkpoint is incomplete, damaged, or was written by another algorithm or with other options."""
 
 
+# -- authors ----------------------------------------------------------------------------------------------------------
+class ProjectError(TRLCoreError, ValueError):
+    """The source folder of a distribution is not found, or its files do not say what they should."""
+
+
+class ContractError(TRLCoreError, AssertionError):
+    """A stable interface changed without a deprecation, or something deprecated outlived its removal version."""
+
+
+class PromotionError(TRLCoreError, ValueError):
+    """A stability tag cannot be moved: criteria are not met, or the order of the steps is wrong."""
+
+
 # -- conformance ------------------------------------------------------------------------------------------------------
 class ConformanceError(TRLCoreError, AssertionError):
     """An algorithm does not keep what `trl_core.testing` checks."""
