@@ -6,7 +6,7 @@ import pytest
 
 from trl_core.errors import AlgorithmNotFoundError, ConfigError, ConformanceError
 from trl_core.testing import Subject, conformance_checks
-from trl_core.testing.conformance import (
+from trl_core.testing.checks import (
     CHECKS,
     check_evaluation_changes_nothing,
     check_layout_does_not_matter,

@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "stability": {"errors", "algorithm"},
     "discovery": {"errors", "algorithm", "stability"},
     "project": _DISCOVERY,
+    "pytest_plugin": {"promotion"},
     "batch": {"errors"},
     "hookspecs": {"errors", "batch"},
     "stages": _CONTRACT | {"processes"},

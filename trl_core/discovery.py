@@ -268,7 +268,7 @@ def _literals(value: str) -> tuple[str | None, str | None]:
     module, name = _split(value) or ("", "")
     try:
         for _ in range(_REEXPORTS + 1):
-            spec = _find_spec(module)
+            spec = find_spec(module)
             if spec is None or spec.loader is None:
                 break
             source = spec.loader.get_source(spec.name)  # type: ignore[attr-defined]
@@ -290,7 +290,7 @@ def _literals(value: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _find_spec(module: str) -> ModuleSpec | None:
+def find_spec(module: str) -> ModuleSpec | None:
     """Like `importlib.util.find_spec`, which however imports the parents of a submodule."""
     top, *rest = module.split(".")
     spec = importlib.util.find_spec(top)

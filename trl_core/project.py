@@ -5,6 +5,7 @@ Only authors need it (`trl-core check`, `api`, `promote`, ...); a run reads the 
 
 from __future__ import annotations
 
+import importlib
 import json
 import tomllib
 from dataclasses import dataclass
@@ -133,6 +134,14 @@ def installed_from(distribution: Any) -> Path | None:
     return folder if url.scheme == "file" and (folder / PYPROJECT).is_file() else None
 
 
-def is_core(project: Project) -> bool:
-    """Whether it is trl-core itself."""
-    return project.name == CORE
+def needed(module: str) -> Any:
+    """A module that only authors need, which the extra `authors` of trl-core brings.
+
+    Raises:
+        ProjectError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        what = f"{error.name} is not installed."
+        raise ProjectError(what, mend=f"pip install '{CORE}[authors]'") from error

@@ -17,6 +17,7 @@ COMMANDS = {
     "list": "list the installed algorithms",
     "info": "show the parts, options and hooks of an algorithm or composition",
     "train": "train a model with an algorithm or composition",
+    "check": "run the conformance kit on an algorithm or on a project",
 }
 
 

@@ -1,8 +1,16 @@
-"""For authors of algorithms: recorded rollouts, a tiny model and tokenizer, and the conformance checks."""
+"""For authors of algorithms: recorded rollouts, a tiny model and tokenizer, and the conformance kit."""
 
-from .conformance import conformance_checks
+from .kit import conformance, conformance_checks
 from .models import tiny_classifier, tiny_model, tiny_tokenizer
 from .rollouts import FixedRollouts
 from .subject import Subject
 
-__all__ = ["FixedRollouts", "Subject", "conformance_checks", "tiny_classifier", "tiny_model", "tiny_tokenizer"]
+__all__ = [
+    "FixedRollouts",
+    "Subject",
+    "conformance",
+    "conformance_checks",
+    "tiny_classifier",
+    "tiny_model",
+    "tiny_tokenizer",
+]

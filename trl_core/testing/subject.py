@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import SkipTest
 
 from datasets import Dataset
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..training.offline import OfflineTrainer
 from ..training.online import OnlineTrainer
 from ..training.pairs import PairTrainer, ScoreTrainer
 from .models import tiny_classifier, tiny_model, tiny_tokenizer
+from .outcomes import NotApplicable
 
 Weights = dict[str, Tensor]
 # Six steps of three micro-steps. Online out of generation batches of eight, sixteen to an epoch: checkpoints fall into
@@ -119,11 +119,11 @@ class Subject:
         """What the name stands for; or its base: of several algorithms the root, of a single one what it extends.
 
         Raises:
-            SkipTest: it has no base.
+            NotApplicable: it has no base.
         """
         own = compose(self.name)
         if base and len(own.parts) == 1:
-            raise SkipTest(f"{self.name} builds on nothing.")
+            raise NotApplicable(f"{self.name} builds on nothing.")
         return compose(own.parts[0 if "+" in self.name else -2].info.qualified) if base else own
 
     def trainer(self, folder: Path, *, base: bool = False, **options: Any) -> Any:

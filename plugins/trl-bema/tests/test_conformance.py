@@ -1,8 +1,6 @@
 """BEMA keeps what every algorithm must: the conformance kit, as any plugin would run it."""
 
-import pytest
-
-from trl_core.testing import Subject, conformance_checks
+from trl_core.testing import Subject, conformance
 
 BEMA = Subject(
     "trl-bema:bema",
@@ -11,6 +9,4 @@ BEMA = Subject(
 )
 
 
-@pytest.mark.parametrize("check", conformance_checks(BEMA))
-def test_conformance(check, tmp_path):
-    check(tmp_path)
+test_conformance = conformance(BEMA)

@@ -1,8 +1,6 @@
 """GFPO keeps what every algorithm must: the conformance kit, as any plugin would run it."""
 
-import pytest
-
-from trl_core.testing import Subject, conformance_checks
+from trl_core.testing import Subject, conformance
 
 GFPO = Subject(
     "trl-gfpo:gfpo",
@@ -24,16 +22,6 @@ AS_IN_THE_PAPER = Subject(
 )
 
 
-@pytest.mark.parametrize("check", conformance_checks(GFPO))
-def test_conformance(check, tmp_path):
-    check(tmp_path)
-
-
-@pytest.mark.parametrize("check", conformance_checks(ADAPTIVE))
-def test_conformance_with_adaptive_difficulty(check, tmp_path):
-    check(tmp_path)
-
-
-@pytest.mark.parametrize("check", conformance_checks(AS_IN_THE_PAPER))
-def test_conformance_with_the_papers_options(check, tmp_path):
-    check(tmp_path)
+test_conformance = conformance(GFPO)
+test_conformance_with_adaptive_difficulty = conformance(ADAPTIVE)
+test_conformance_with_the_papers_options = conformance(AS_IN_THE_PAPER)

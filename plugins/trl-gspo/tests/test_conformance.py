@@ -1,8 +1,6 @@
 """GSPO and GSPO-token keep what every algorithm must: the conformance kit, as any plugin would run it."""
 
-import pytest
-
-from trl_core.testing import Subject, conformance_checks
+from trl_core.testing import Subject, conformance
 
 AS_GRPO = {"importance_sampling_level": "token", "loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None}
 
@@ -26,16 +24,6 @@ WITH_FUNCTION = Subject(
 )
 
 
-@pytest.mark.parametrize("check", conformance_checks(GSPO))
-def test_conformance_of_gspo(check, tmp_path):
-    check(tmp_path)
-
-
-@pytest.mark.parametrize("check", conformance_checks(GSPO_TOKEN))
-def test_conformance_of_gspo_token(check, tmp_path):
-    check(tmp_path)
-
-
-@pytest.mark.parametrize("check", conformance_checks(WITH_FUNCTION))
-def test_conformance_with_an_advantage_function(check, tmp_path):
-    check(tmp_path)
+test_conformance_of_gspo = conformance(GSPO)
+test_conformance_of_gspo_token = conformance(GSPO_TOKEN)
+test_conformance_with_an_advantage_function = conformance(WITH_FUNCTION)

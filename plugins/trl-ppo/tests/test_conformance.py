@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from trl_core.testing import Subject, conformance_checks, tiny_classifier
+from trl_core.testing import Subject, conformance, conformance_checks, tiny_classifier
 
 CRITIC = tempfile.TemporaryDirectory()  # by its path, so that every run starts from the same weights
 # Batches of 12 completions in six micro-batches; an optimizer step takes three, and a batch lasts for four steps.
@@ -29,14 +29,8 @@ def critic():
     CRITIC.cleanup()
 
 
-@pytest.mark.parametrize("check", conformance_checks(HEAD, EXEMPT))
-def test_conformance_with_a_head(check, tmp_path):
-    check(tmp_path)
-
-
-@pytest.mark.parametrize("check", conformance_checks(NETWORK, EXEMPT))
-def test_conformance_with_a_network(check, tmp_path):
-    check(tmp_path)
+test_conformance_with_a_head = conformance(HEAD, EXEMPT)
+test_conformance_with_a_network = conformance(NETWORK, EXEMPT)
 
 
 @pytest.mark.parametrize(

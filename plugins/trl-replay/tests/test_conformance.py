@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_core.testing import Subject, conformance_checks
+from trl_core.testing import Subject, conformance
 
 # Groups of two have equal rewards often enough; a generation batch lasts for four micro-steps, a step for three.
 OFTEN = {"num_generations": 2, "num_iterations": 1, "replay_buffer_size": 5}
@@ -14,14 +14,8 @@ EARLIER_ONLY = Subject(
 )
 
 
-@pytest.mark.parametrize("check", conformance_checks(REPLAY))
-def test_conformance(check, tmp_path):
-    check(tmp_path)
-
-
-@pytest.mark.parametrize("check", conformance_checks(EARLIER_ONLY))
-def test_conformance_of_earlier_groups_only(check, tmp_path):
-    check(tmp_path)
+test_conformance = conformance(REPLAY)
+test_conformance_of_earlier_groups_only = conformance(EARLIER_ONLY)
 
 
 @pytest.mark.parametrize("subject", [REPLAY, EARLIER_ONLY], ids=["all", "earlier only"])

@@ -1,23 +1,13 @@
-"""The conformance kit: what every algorithm must keep, as plain functions that any test runner can call.
+"""What every algorithm must keep: the checks of the conformance kit, each a function with a name and a docstring.
 
-The whole conformance test of a plugin:
-
-    SUBJECT = Subject("trl-gfpo:gfpo", options={"num_remains_in_group": 2}, arguments={"group_filter_func": "shortest"})
-
-
-    @pytest.mark.parametrize("check", conformance_checks(SUBJECT))
-    def test_conformance(check, tmp_path):
-        check(tmp_path)
-
-A check that fails raises an error that says how to mend it. One that can say nothing, because a check it builds on
-fails or because it does not apply, raises `unittest.SkipTest`: one fault is reported once.
+A check that fails raises an error that says how to mend it. One that can say nothing raises `NotApplicable`, or
+`Blocked` where a check it builds on fails: one fault is reported once. `kit` makes tests of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -25,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import SkipTest
 
 import torch
 from importlib_metadata import requires
@@ -37,8 +26,9 @@ from transformers import TrainingArguments
 from ..batch import TokenRows
 from ..composition import Hooks, compose
 from ..discovery import CORE, load
-from ..errors import ConfigError, ConformanceError
+from ..errors import ConformanceError
 from ..training.state import checkpoints, join_tensors, split_tensors
+from .outcomes import Blocked, NotApplicable
 from .subject import Subject, Weights
 
 Check = Callable[[Subject, Path], None]
@@ -49,17 +39,20 @@ SPLIT_TOLERANCE = 1e-5
 """Relative to the change that training made, of which rounding moves about 1e-6."""
 
 
-def _require(condition: object, what: str, mend: str) -> None:
+def require(condition: object, what: str, mend: str) -> None:
+    """Raise `ConformanceError` unless the condition holds."""
     if not condition:
         raise ConformanceError(what, mend=mend)
 
 
 def _first(earlier: Check, subject: Subject, folder: Path) -> None:
-    """Skip what follows if an earlier check fails."""
+    """Make nothing of what follows if an earlier check fails."""
     try:
         earlier(subject, folder)
+    except Blocked:
+        raise
     except Exception as error:
-        raise SkipTest(f"{earlier.__name__}: {error}") from error
+        raise Blocked(f"{earlier.__name__}: {error}") from error
 
 
 # -- what the distribution says ---------------------------------------------------------------------------------------
@@ -72,9 +65,9 @@ def check_is_listed_without_import(subject: Subject, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", _LIST], capture_output=True, text=True, env=environment, check=True)
     listed, modules = done.stdout.splitlines()[-2:]
     for info in subject.infos:
-        _require(repr(info) in listed, f"{info} is not listed.", "Look at what `trl-core list` reports.")
+        require(repr(info) in listed, f"{info} is not listed.", "Look at what `trl-core list` reports.")
         imported = {"torch", info.value.partition(":")[0]} & set(modules.split())
-        _require(not imported, f"Listing {info} imports {imported}.", "Find out what does, a .pth file perhaps.")
+        require(not imported, f"Listing {info} imports {imported}.", "Find out what does, a .pth file perhaps.")
 
 
 def check_declares_its_range(subject: Subject, folder: Path) -> None:
@@ -82,7 +75,7 @@ def check_declares_its_range(subject: Subject, folder: Path) -> None:
     for name in {info.distribution for info in subject.infos} - {CORE}:
         needs = [Requirement(text) for text in requires(name) or []]
         ranges = [str(need.specifier) for need in needs if canonicalize_name(need.name) == CORE]
-        _require(any(ranges), f"{name} requires no particular version of {CORE}.", f"Require {CORE}>=0.1,<0.3, say.")
+        require(any(ranges), f"{name} requires no particular version of {CORE}.", f"Require {CORE}>=0.1,<0.3, say.")
 
 
 # -- what it registers ------------------------------------------------------------------------------------------------
@@ -105,8 +98,8 @@ def check_options_have_default_and_help(subject: Subject, folder: Path) -> None:
     configs = [config for info in subject.infos if (config := load(info).config) is not None]
     for f in (f for config in configs for f in dataclasses.fields(config) if f.name not in inherited):
         what, mend = f"The option {f.name!r} has no", f'Write {f.name}: ... = option(default, "What it does.").'
-        _require({f.default, f.default_factory} != {dataclasses.MISSING}, f"{what} default value.", mend)
-        _require(f.metadata.get("help"), f"{what} help text.", mend)
+        require({f.default, f.default_factory} != {dataclasses.MISSING}, f"{what} default value.", mend)
+        require(f.metadata.get("help"), f"{what} help text.", mend)
 
 
 def check_options_are_new(subject: Subject, folder: Path) -> None:
@@ -131,7 +124,7 @@ def _shared(*runs: Weights) -> list[Weights]:
 
 def _require_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str, mend: str) -> None:
     differing = _differing(one, other)
-    _require(not differing, f"{what}: {len(differing)} of {len(one)} tensors differ, {differing[:1]} first.", mend)
+    require(not differing, f"{what}: {len(differing)} of {len(one)} tensors differ, {differing[:1]} first.", mend)
 
 
 def check_trains(subject: Subject, folder: Path) -> None:
@@ -139,9 +132,9 @@ def check_trains(subject: Subject, folder: Path) -> None:
     _first(check_options_are_new, subject, folder)
     what = f"{subject.name!r}, trained under {dict(subject.options)},"
     moved = _differing(*_shared(subject.run, subject.weights(subject.trainer(folder))))
-    _require(moved, f"{what} moves no weight.", "Give Subject(options=...) under which it learns.")
+    require(moved, f"{what} moves no weight.", "Give Subject(options=...) under which it learns.")
     finite = all(bool(tensor.isfinite().all()) for tensor in subject.run.values())
-    _require(finite, f"{what} ends with weights that are not finite.", "Look for a division by 0, or a root of it.")
+    require(finite, f"{what} ends with weights that are not finite.", "Look for a division by 0, or a root of it.")
 
 
 def check_same_seed_gives_same_weights(subject: Subject, folder: Path) -> None:
@@ -155,14 +148,14 @@ def check_acts(subject: Subject, folder: Path) -> None:
     """Under the options given it trains otherwise than its base; if not, the other checks would show nothing."""
     _first(check_same_seed_gives_same_weights, subject, folder)
     differs = _differing(*_shared(subject.run, subject.train(folder, base=True)))
-    _require(differs, f"{subject.name!r} trains exactly as its base.", "Give Subject(options=...) under which it acts.")
+    require(differs, f"{subject.name!r} trains exactly as its base.", "Give Subject(options=...) under which it acts.")
 
 
 def check_neutral_setting_equals_base(subject: Subject, folder: Path) -> None:
     """Under its neutral options it trains exactly as its base does."""
     _first(check_same_seed_gives_same_weights, subject, folder)
     if subject.neutral is None:
-        raise SkipTest(f"{subject.name} has no neutral setting.")
+        raise NotApplicable(f"{subject.name} has no neutral setting.")
     base, own = _shared(*(subject.train(folder / str(base), base=base, **subject.neutral) for base in (True, False)))
     mend = "Let every hook return what it was given when there is nothing to do."
     _require_equal(base, own, f"{subject.name!r} does not equal its base under {subject.neutral}", mend)
@@ -193,7 +186,7 @@ def _require_same_steps(subject: Subject, folder: Path, ways: Sequence[dict[str,
     for way, other in zip(ways[1:], others, strict=True):
         gap = float((other - usual).norm() / (usual - start).norm())
         what = f"{subject.name!r} trains otherwise under {way} than under {ways[0]}: relative gap {gap:.1g}."
-        _require(gap <= SPLIT_TOLERANCE, what, mend)
+        require(gap <= SPLIT_TOLERANCE, what, mend)
 
 
 def check_resumes_exactly_at_every_step(subject: Subject, folder: Path) -> None:
@@ -223,7 +216,7 @@ def check_state_survives_storage(subject: Subject, folder: Path) -> None:
     fresh.hooks.load_state_dict(join_tensors(json.loads(plain), tensors))
     plain_again, tensors_again = _stored(fresh.hooks)
     what, mend = f"The state of {subject.name!r} changes when it is saved and loaded", "Load all that state_dict holds."
-    _require(plain == plain_again, f"{what}: {plain} becomes {plain_again}.", mend)
+    require(plain == plain_again, f"{what}: {plain} becomes {plain_again}.", mend)
     _require_equal(tensors, tensors_again, what, mend)
 
 
@@ -239,7 +232,7 @@ def check_writes_only_into_output_dir(subject: Subject, folder: Path) -> None:
     with contextlib.chdir(folder / "start"):
         subject.train(folder / "output", max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="epoch")
     found = [path.name for path in folder.rglob("*") if not path.is_relative_to(folder / "output")]
-    _require(
+    require(
         found == ["start"], f"{subject.name!r} writes outside of output_dir: {found}.", "Write under args.output_dir."
     )
 
@@ -260,7 +253,7 @@ def check_hooks_leave_their_arguments_alone(subject: Subject, folder: Path) -> N
 
     trainer.hooks.manager.add_hookcall_monitoring(before, after)
     trainer.train()
-    _require(not changed, f"Hooks of {subject.name!r} change their arguments: {sorted(changed)}.", "Return a copy.")
+    require(not changed, f"Hooks of {subject.name!r} change their arguments: {sorted(changed)}.", "Return a copy.")
 
 
 def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -274,38 +267,3 @@ def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 # -- running them -----------------------------------------------------------------------------------------------------
 CHECKS: tuple[Check, ...] = tuple(value for name, value in list(globals().items()) if name.startswith("check_"))
 """All checks, in the order in which they build on each other."""
-
-
-def conformance_checks(subject: Subject, exempt: Mapping[str, str] | None = None) -> list[Callable[[Path], None]]:
-    """All checks of one subject, each to be called with an empty folder; for `pytest.mark.parametrize`.
-
-    Args:
-        subject: what to check.
-        exempt: name of a check to the reason why the subject does not keep it. A check that passes all the same
-            fails, so that no exemption outlives its reason.
-
-    Raises:
-        ConfigError: `exempt` names no check.
-    """
-    exempt, names = dict(exempt or {}), [check.__name__ for check in CHECKS]
-    if unknown := set(exempt) - set(names):
-        raise ConfigError(f"Exemptions name unknown checks: {sorted(unknown)}.", mend=f"Known are {', '.join(names)}.")
-    return [_bound(check, subject, exempt.get(check.__name__)) for check in CHECKS]
-
-
-def _bound(check: Check, subject: Subject, reason: str | None) -> Callable[[Path], None]:
-    @functools.wraps(check)
-    def run(folder: Path) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a model this small gains nothing from more, and they wait for each other
-        try:
-            check(subject, folder)
-        except Exception as error:
-            if reason is None or isinstance(error, SkipTest):
-                raise
-            raise SkipTest(f"Exempt, {reason}: {error}") from error
-        finally:
-            torch.set_num_threads(threads)
-        _require(reason is None, f"{check.__name__} passes, but is exempt.", "Remove the exemption.")
-
-    return run
