@@ -65,6 +65,11 @@ AFTER_STEP = "def after_step(self, policy):\n        pass\n"
 FAULTS = {
     "imported_at_start": ("check_is_listed_without_import", "", ""),
     "without_range": ("check_declares_its_range", "", ""),
+    "private_import": (
+        "check_imports_only_public_names",
+        "import random",
+        "import random\nfrom trl_core.training.online import OnlineTrainer",
+    ),
     "other_name": ("check_loads", "name=NAME", "name='other'"),
     "import_error": ("check_loads", "import random", "import no_such_module_at_all"),
     "default_argument": ("check_hooks_fit_the_contract", "(self, rollouts)", "(self, rollouts=None)"),
@@ -76,6 +81,16 @@ FAULTS = {
         "check_options_are_new",
         "class Options:",
         "class Options:\n    beta: float = option(0.0, 'B.')",
+    ),
+    "function_as_option": (
+        "check_options_can_be_written_down",
+        "class Options:",
+        "class Options:\n    kind: object = option(len, 'A function.')",
+    ),
+    "tuple_as_option": (
+        "check_options_can_be_written_down",
+        "class Options:",
+        "class Options:\n    pair: tuple[int, int] = option((1, 2), 'No list.')",
     ),
     "scalar_term": ("check_trains", "return {}", "return {'mine': logps.mean()}"),
     "seedless": ("check_same_seed_gives_same_weights", "* self.factor", "* random.SystemRandom().random()"),

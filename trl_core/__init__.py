@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+PUBLIC_MODULES = ("trl_core", "trl_core.data", "trl_core.models", "trl_core.stages", "trl_core.testing")
+"""What plugins may import from; every other module is an inner matter of the core."""
+
 _HOMES = {
     "Algorithm": "algorithm",
     "AlgorithmInfo": "discovery",

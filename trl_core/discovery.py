@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from configparser import RawConfigParser
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any
 
 import importlib_metadata
@@ -299,6 +300,21 @@ def find_spec(module: str) -> ModuleSpec | None:
             return None
         spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
     return spec
+
+
+def source_files(value: str) -> dict[str, Path]:
+    """The Python files of an algorithm: those beside the module of its entry point, and below it, by relative path.
+
+    Empty if the module is not found.
+    """
+    spec = find_spec(value.partition(":")[0].strip())
+    if spec is None or spec.origin is None:
+        return {}
+    origin = Path(spec.origin)
+    # A module that stands in no package shares its folder with all that is installed.
+    alone = spec.parent == "" and spec.submodule_search_locations is None
+    files = [origin] if alone else sorted(origin.parent.rglob("*.py"))
+    return {file.relative_to(origin.parent).as_posix(): file for file in files}
 
 
 def _binding(tree: ast.Module, name: str) -> ast.expr | ast.ImportFrom | None:

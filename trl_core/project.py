@@ -145,3 +145,8 @@ def needed(module: str) -> Any:
     except ImportError as error:
         what = f"{error.name} is not installed."
         raise ProjectError(what, mend=f"pip install '{CORE}[authors]'") from error
+
+
+def is_core(project: Project) -> bool:
+    """Whether it is trl-core itself."""
+    return project.name == CORE

@@ -13,7 +13,7 @@ from typing import Any
 
 import importlib_metadata
 
-from ..discovery import CORE, find, find_spec
+from ..discovery import CORE, find, source_files
 from ..errors import ProjectError
 
 FILE = Path("evidence") / "conformance.json"
@@ -99,16 +99,11 @@ def read(file: Path) -> Report:
 
 
 def fingerprint(value: str) -> str:
-    """A hash of the Python files beside the module of an entry point (`"module:object"`), and below it.
+    """A hash of the source of an algorithm, given its entry point (`"module:object"`).
 
     A report whose fingerprint differs from that of the source is about another version of the algorithm.
     """
-    spec = find_spec(value.partition(":")[0].strip())
-    if spec is None or spec.origin is None:
-        return "unknown"
-    digest, origin = hashlib.sha256(), Path(spec.origin)
-    # A module that stands in no package shares its folder with all that is installed.
-    alone = spec.parent == "" and spec.submodule_search_locations is None
-    for file in [origin] if alone else sorted(origin.parent.rglob("*.py")):
-        digest.update(file.relative_to(origin.parent).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    digest = hashlib.sha256()
+    for name, file in source_files(value).items():
+        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

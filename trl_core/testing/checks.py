@@ -6,13 +6,14 @@ A check that fails raises an error that says how to mend it. One that can say no
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from packaging.utils import canonicalize_name
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+import trl_core
+
 from ..batch import TokenRows
 from ..composition import Hooks, compose
-from ..discovery import CORE, load
+from ..discovery import CORE, load, source_files
 from ..errors import ConformanceError
 from ..training.state import checkpoints, join_tensors, split_tensors
 from .outcomes import Blocked, NotApplicable
@@ -78,6 +81,38 @@ def check_declares_its_range(subject: Subject, folder: Path) -> None:
         require(any(ranges), f"{name} requires no particular version of {CORE}.", f"Require {CORE}>=0.1,<0.3, say.")
 
 
+def check_imports_only_public_names(subject: Subject, folder: Path) -> None:
+    """It imports of trl-core only what is public; all else may change in any release, for stable algorithms too."""
+    for info in subject.infos:
+        files = {} if info.distribution == CORE else source_files(info.value)
+        for name, file in files.items():
+            try:
+                private = sorted(set(_private_imports(ast.parse(file.read_bytes()))))
+            except SyntaxError as error:
+                raise Blocked(f"{name} cannot be read: {error}") from error
+            mend = f"Use {', '.join(trl_core.PUBLIC_MODULES)}, or ask for what you need to be made public."
+            require(not private, f"{name} of {info} imports {', '.join(private)}.", mend)
+
+
+def _private_imports(node: ast.AST) -> Iterator[str]:
+    """What a module imports of trl-core that is not public; types alone, under TYPE_CHECKING, do not count."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if _is_private(alias.name))
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == trl_core.__name__:
+        names = (alias.name for alias in node.names if alias.name not in trl_core.__all__)
+        yield from (name for name in (f"{node.module}.{name}" for name in names) if _is_private(name))
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and _is_private(str(node.module)):
+        yield str(node.module)
+    for child in ast.iter_child_nodes(node):
+        yield from _private_imports(child)
+
+
+def _is_private(module: str) -> bool:
+    return module.partition(".")[0] == trl_core.__name__ and module not in trl_core.PUBLIC_MODULES
+
+
 # -- what it registers ------------------------------------------------------------------------------------------------
 def check_loads(subject: Subject, folder: Path) -> None:
     """The entry point leads to an `Algorithm` of its name."""
@@ -95,8 +130,7 @@ def check_options_have_default_and_help(subject: Subject, folder: Path) -> None:
     """Every option has a default value and a help text, so that it can be left out and looked up."""
     _first(check_hooks_fit_the_contract, subject, folder)
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-    configs = [config for info in subject.infos if (config := load(info).config) is not None]
-    for f in (f for config in configs for f in dataclasses.fields(config) if f.name not in inherited):
+    for f in (f for config in subject.own_configs for f in dataclasses.fields(config) if f.name not in inherited):
         what, mend = f"The option {f.name!r} has no", f'Write {f.name}: ... = option(default, "What it does.").'
         require({f.default, f.default_factory} != {dataclasses.MISSING}, f"{what} default value.", mend)
         require(f.metadata.get("help"), f"{what} help text.", mend)
@@ -106,6 +140,24 @@ def check_options_are_new(subject: Subject, folder: Path) -> None:
     """No option is one that the base has."""
     _first(check_options_have_default_and_help, subject, folder)
     assert subject.composition().config_class  # made on first use, which compares the options
+
+
+def check_options_can_be_written_down(subject: Subject, folder: Path) -> None:
+    """Every option's value survives JSON, so that it can stand in a file and a checkpoint remembers it."""
+    _first(check_options_are_new, subject, folder)
+    for name in (f.name for config in subject.own_configs for f in dataclasses.fields(config)):
+        value = subject.options.get(name, _default(subject.composition().config_class, name))
+        try:
+            same = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            same = False
+        mend = "Use numbers, text, lists or mappings; a function is an argument: Algorithm(arguments=...)."
+        require(same, f"The option {name!r} has the value {value!r}, which JSON cannot hold.", mend)
+
+
+def _default(config: Any, name: str) -> Any:
+    (f,) = (f for f in dataclasses.fields(config) if f.name == name)
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 # -- what it computes -------------------------------------------------------------------------------------------------
@@ -129,7 +181,7 @@ def _require_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor], what:
 
 def check_trains(subject: Subject, folder: Path) -> None:
     """Training goes through to its end with finite losses and moves the weights, which stay finite."""
-    _first(check_options_are_new, subject, folder)
+    _first(check_options_can_be_written_down, subject, folder)
     what = f"{subject.name!r}, trained under {dict(subject.options)},"
     moved = _differing(*_shared(subject.run, subject.weights(subject.trainer(folder))))
     require(moved, f"{what} moves no weight.", "Give Subject(options=...) under which it learns.")

@@ -94,6 +94,11 @@ class Subject:
     def __post_init__(self) -> None:
         self.infos = [discovery.find(name) for name in self.name.split("+")]
 
+    @property
+    def own_configs(self) -> list[type]:
+        """The dataclasses of options that it brings."""
+        return [config for info in self.infos if (config := discovery.load(info).config) is not None]
+
     @cached_property
     def kind(self) -> _Kind:
         """What its trainer needs.
