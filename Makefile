@@ -24,7 +24,7 @@ WORKERS ?= 2
 # Tests never reach for the network, and give the same result each time.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
 
-.PHONY: help demo test test-fast test-slow lint format venv clean
+.PHONY: help demo docs docs-serve test test-fast test-slow lint format venv clean
 
 help:  ## Show the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -49,6 +49,13 @@ lint: $(STAMP)  ## Check style, format and types.
 format: $(STAMP)  ## Rewrite the files in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The variable silences a notice of the theme about a later mkdocs.
+docs: $(STAMP)  ## Build the documentation as a site, into site/; a warning is an error.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+
+docs-serve: $(STAMP)  ## Show the documentation at http://127.0.0.1:8000, and build it anew when a page changes.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --livereload
 
 venv: $(STAMP)  ## Only set up .venv; the other targets do it themselves.
 

@@ -7,15 +7,23 @@
     hook NAME           kind, signature and description of a hook
     options NAME OWNER  the options that OWNER defines in the configuration of the algorithm NAME; OWNER is an
                         algorithm, or "trainer" for what the trainers of the core define
+    all_options         the options of every algorithm of this repository and of every trainer of the core
     fields CLASS        the fields of a class of trl_core.batch with their descriptions
-    errors              every error class with its description
+    error CLASS         what an error class means, and what else it can be caught as
     matrix              which two algorithms of this repository compose, and why others do not
+    composition NAME    the same for one algorithm
+    commands            every command of trl-core with its arguments
+    run                 the keys of a run that `trl-core train` has beside the options of the algorithm
+    names MODULE        the public names of a module
+    decisions           the pages of docs/decisions
+    migration           where names of TRL are here
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -23,10 +31,11 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_core import AlgorithmInfo
+    from trl_core.cli.flags import Field
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/**/*.md", "plugins/*/*.md")
@@ -62,16 +71,110 @@ def signature(function: Callable[..., object]) -> str:
     return str(inspect.signature(function)).replace("'", "")
 
 
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table; what looks like HTML outside of code is shown as it is."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    parts = re.split("(`[^`]+`)", text.replace("|", "\\|"))
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
+
+
 def options(name: str, owner: str) -> str:
     """A table of options with type, default and help."""
-    from trl_core.cli.flags import groups_of, help_of, type_name
+    from trl_core.cli.flags import groups_of
     from trl_core.composition import compose
 
-    rows = [["option", "type", "default", "what it does"], ["---"] * 4]
-    for field in groups_of(compose(name))[owner]:
-        default = "none" if field.default is None else f"`{field.default!r}`"
-        rows.append([f"`{field.name}`", f"`{type_name(field.type)}`", default, help_of(field)])
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return _options(groups_of(compose(name))[owner])
+
+
+def _options(found: list[Field]) -> str:
+    from trl_core.cli.flags import help_of, type_name
+
+    rows = [[f"`{f.name}`", f"`{type_name(f.type)}`", _value(f.default), help_of(f)] for f in found]
+    return table(["option", "type", "default", "what it does"], rows)
+
+
+def _value(value: object) -> str:
+    return "none" if value is None else f"`{value!r}`"
+
+
+def _fields_of_own(cls: type) -> list[Field]:
+    from trl_core.cli.flags import fields_of
+
+    return [f for f in fields_of(cls) if f.name in inspect.get_annotations(cls)]
+
+
+def _is_ours(cls: type) -> bool:
+    return not cls.__module__.startswith("transformers.") and cls is not object
+
+
+def all_options() -> str:
+    """A section for each algorithm, for each class of options of the core, and for the changed defaults."""
+    from trl_core.composition import compose
+
+    infos = _ours()
+    classes: list[type] = []
+    for info in infos:
+        root = compose(info.qualified, warn=False).root.config
+        assert root is not None
+        classes += [cls for cls in root.__mro__[1:] if _is_ours(cls) and cls not in classes]
+    classes.sort(key=lambda cls: (len(cls.__mro__), cls.__name__))
+    lines = ["## Algorithms", ""]
+    for info in infos:
+        lines += [*_options_of(info), ""]
+    lines += ["## Trainers of the core", ""]
+    for cls in classes:
+        first = (inspect.getdoc(cls) or "").partition("\n")[0]
+        lines += [f"### {cls.__name__}", "", f"{first} {_also(cls)}".strip(), "", _options(_fields_of_own(cls)), ""]
+    return "\n".join([*lines, "## Options of transformers with another default", "", _changed(classes)])
+
+
+def _also(cls: type) -> str:
+    bases = [f"[{base.__name__}](#{base.__name__.lower()})" for base in cls.__mro__[1:] if _is_ours(base)]
+    return f"Further options: {', '.join(bases)}." if bases else ""
+
+
+def _options_of(info: AlgorithmInfo) -> list[str]:
+    """The section of an algorithm: where it comes from, its own options, the defaults it changes, its arguments."""
+    from trl_core.cli.flags import fields_of, groups_of
+    from trl_core.composition import compose
+
+    composition = compose(info.qualified, warn=False)
+    algorithm = composition.own.algorithm
+    base = f"; it extends [{algorithm.extends}](#{algorithm.extends})" if algorithm.extends else ""
+    lines = [f"### {info.name}", "", f"From `{info.distribution}`{base}."]
+    if algorithm.extends is None and algorithm.config is not None:
+        lines[-1] += f" {_also(algorithm.config)}"
+    if own := groups_of(composition).get(info.name):
+        lines += ["", _options(own)]
+    if changed := [f for f in fields_of(composition.config_class) if f.name in algorithm.defaults]:
+        lines += ["", "Options of the base with another default:", "", _options(changed)]
+    if arguments := algorithm.arguments:
+        rows = [[f"`{name}`", text] for name, text in arguments.items()]
+        lines += ["", table(["argument of the trainer", "what it is"], rows)]
+    return lines
+
+
+def _changed(classes: list[type]) -> str:
+    """The options of transformers that a class of ours defines anew."""
+    from transformers import TrainingArguments
+
+    from trl_core.cli.flags import fields_of
+    from trl_core.composition import compose
+
+    theirs = {f.name: f.default for f in fields_of(TrainingArguments)}
+    configs = dict.fromkeys([*classes, *(compose(info.qualified, warn=False).root.config for info in _ours())])
+    rows = [
+        [f"`{f.name}`", _value(theirs[f.name]), _value(f.default), f"`{cls.__name__}`"]
+        for cls in configs
+        if cls is not None
+        for f in _fields_of_own(cls)
+        if f.name in theirs
+    ]
+    return table(["option", "default there", "default here", "of"], rows)
 
 
 def fields(name: str) -> str:
@@ -88,15 +191,15 @@ def fields(name: str) -> str:
     return "\n".join(rows)
 
 
-def errors() -> str:
-    """A table of the error classes, in the order in which they are defined."""
-    from trl_core import errors as module
+def error(name: str) -> str:
+    """What an error class means, and the built-in it derives from."""
+    from trl_core import errors
 
-    rows = ["| error | when |", "| --- | --- |"]
-    for name, value in vars(module).items():
-        if isinstance(value, type) and issubclass(value, module.TRLCoreError) and value is not module.TRLCoreError:
-            rows.append(f"| `{name}` | {' '.join((inspect.getdoc(value) or '').split())} |")
-    return "\n".join(rows)
+    found: type[Exception] = getattr(errors, name)
+    others = [cls for cls in found.__mro__[1:] if cls.__module__ in ("builtins", errors.__name__)]
+    others = [cls for cls in others if cls not in (errors.TRLCoreError, Exception, BaseException, object)]
+    text = " ".join((inspect.getdoc(found) or "").split())
+    return f"{text} It is also caught as {' and '.join(f'`{cls.__name__}`' for cls in others)}." if others else text
 
 
 def families() -> dict[str, list[str]]:
@@ -138,7 +241,106 @@ def matrix() -> str:
     return "\n".join(lines).rstrip()
 
 
-WRITERS: dict[str, Callable[..., str]] = {f.__name__: f for f in (algorithms, hook, options, fields, errors, matrix)}
+def composition(name: str) -> str:
+    """Which algorithms of this repository one composes with, with the reasons of those that it does not."""
+    base, names = next(((root, found) for root, found in families().items() if name in found), ("", []))
+    if not names:
+        return f"No other algorithm of this repository builds on `{name}`, so there is nothing to join it with."
+    others = [other for other in names if other != name]
+    reasons = {other: refusal(name, other) or refusal(other, name) for other in others}
+    row = [f"**{name}**", *("no" if reasons[other] else "yes" for other in others)]
+    said = [f"- `{name}+{other}`: {reason}" for other, reason in reasons.items() if reason]
+    return "\n".join([table([f"on {base}", *others], [row]), *(["", *said] if said else [])])
+
+
+def commands() -> str:
+    """A section for each command, with its arguments."""
+    from trl_core.cli.main import COMMANDS
+
+    parts = []
+    for name, summary in COMMANDS.items():
+        parser = argparse.ArgumentParser(prog=f"trl-core {name}", add_help=False)
+        importlib.import_module(f"trl_core.cli.{name}").add_arguments(parser)
+        parts += [f"## {name}", "", f"{summary[0].upper()}{summary[1:]}.", "", *_command(parser)]
+    return "\n".join(parts).rstrip()
+
+
+def _command(parser: argparse.ArgumentParser) -> list[str]:
+    lines, rows, shown = [], [], []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help for choice in action._choices_actions}
+            for name, sub in action.choices.items():
+                lines += [f"### {parser.prog.removeprefix('trl-core ')} {name}", ""]
+                lines += [f"{helps[name]}".capitalize().rstrip(".") + ".", ""] if helps.get(name) else []
+                lines += _command(sub)
+        elif action.help is not argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+            word, asked = _spelling(action)
+            shown.append(word if asked else f"[{word}]")
+            rows.append([f"`{word}`", (action.help or "").replace("%(default)s", str(action.default))])
+    own = f"{parser.prog} {' '.join(shown)}".rstrip()
+    usage = ["```sh", parser.usage or own, "```", ""] if shown or not lines else []
+    return [*usage, *([table(["argument", "what it is"], rows), ""] if rows else []), *lines]
+
+
+def _spelling(action: argparse.Action) -> tuple[str, bool]:
+    """How an argument is written, and whether it must be given."""
+    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+    value = str(action.metavar or choices or (action.dest.upper() if action.option_strings else action.dest))
+    several = {"*": "...", "+": "...", argparse.REMAINDER: "..."}.get(str(action.nargs), "")
+    if not action.option_strings:
+        return f"{value}{several}", action.nargs not in ("?", "*", argparse.REMAINDER)
+    taken = "" if action.nargs == 0 else f" {value}{several}"
+    return f"{action.option_strings[-1]}{taken}", action.required
+
+
+def run() -> str:
+    """The keys of a run."""
+    from trl_core.cli.flags import fields_of
+    from trl_core.cli.train import RunOptions
+
+    return _options(fields_of(RunOptions))
+
+
+def names(module: str) -> str:
+    """The public names of a module, with the first sentence of what each says of itself."""
+    found = importlib.import_module(module)
+    rows = []
+    for name in found.__all__:
+        value: Any = getattr(found, name)
+        described = (inspect.getdoc(value) or "").split("\n\n")[0] if not isinstance(value, str | int | tuple) else ""
+        rows.append([f"`{name}`", re.split(r"(?<=\.) ", " ".join(described.split()))[0]])
+    return table(["name", "what it is"], rows)
+
+
+def decisions() -> str:
+    """The pages of docs/decisions by their titles."""
+    found = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    titles = [(path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "), path.name) for path in found]
+    return "\n".join(f"- [{title}]({name})" for title, name in titles)
+
+
+def migration() -> str:
+    """Where names of TRL are here, as `trl-core migrate` knows it."""
+    return str(importlib.import_module("trl_core.migration").table())
+
+
+_WRITERS = (
+    algorithms,
+    hook,
+    options,
+    all_options,
+    fields,
+    error,
+    matrix,
+    composition,
+    commands,
+    run,
+    names,
+    decisions,
+    migration,
+)
+WRITERS: dict[str, Callable[..., str]] = {writer.__name__: writer for writer in _WRITERS}
 
 
 def current(text: str) -> str:
