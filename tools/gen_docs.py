@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -202,6 +203,7 @@ def error(name: str) -> str:
     return f"{text} It is also caught as {' and '.join(f'`{cls.__name__}`' for cls in others)}." if others else text
 
 
+@functools.cache
 def families() -> dict[str, list[str]]:
     """The algorithms of this repository by the base they build on, where there is more than one to a base."""
     from trl_core.composition import compose
@@ -212,6 +214,7 @@ def families() -> dict[str, list[str]]:
     return {root: sorted(names, key=lambda name: (name != root, name)) for root, names in found.items() if names[1:]}
 
 
+@functools.cache
 def refusal(first: str, second: str) -> str | None:
     """Why two algorithms do not compose, or None."""
     from trl_core.composition import compose
@@ -279,7 +282,7 @@ def _command(parser: argparse.ArgumentParser) -> list[str]:
             shown.append(word if asked else f"[{word}]")
             rows.append([f"`{word}`", (action.help or "").replace("%(default)s", str(action.default))])
     own = f"{parser.prog} {' '.join(shown)}".rstrip()
-    usage = ["```sh", parser.usage or own, "```", ""] if shown or not lines else []
+    usage = ["```text", parser.usage or own, "```", ""] if shown or not lines else []
     return [*usage, *([table(["argument", "what it is"], rows), ""] if rows else []), *lines]
 
 
