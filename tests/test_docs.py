@@ -137,6 +137,8 @@ def test_hook_is_documented(hook, gen_docs):
     assert section, f"docs/hooks.md has no heading {hook}"
     assert f"def {hook}{gen_docs.signature(getattr(hookspecs.HookSpecs, hook))}\n" in section.group(1)
     assert section.group(1).count("```python") == 2, "a signature and an example"
+    kind, refine = hookspecs.hook_kinds()[hook]
+    assert f"\nKind: {kind}{', may be refined' if refine else ''}.\n" in section.group(1)
 
 
 def test_hook_examples_fit_the_contract():
@@ -202,6 +204,17 @@ def test_command_is_documented(name):
     assert f"trl-core {name}" in text
     for flag in flags_of(parser_of(name)):
         assert flag in text
+
+
+def test_subcommands_are_written_too(gen_docs):
+    parser = argparse.ArgumentParser(prog="trl-core api", add_help=False)
+    record = parser.add_subparsers().add_parser("record", help="write the interface")
+    record.add_argument("names", nargs="*", help="which")
+    record.add_argument("--into", metavar="FILE", required=True, help="where to, default: %(default)s")
+    lines = gen_docs._command(parser)
+    assert lines[:2] == ["### api record", ""] and "Write the interface." in lines
+    assert "trl-core api record [names...] --into FILE" in lines
+    assert "| `names...` | which |\n| `--into FILE` | where to, default: None |" in "\n".join(lines)
 
 
 def parser_of(command):
@@ -357,7 +370,7 @@ def test_toml_and_yaml_blocks_are_read(page):
         assert isinstance(yaml.safe_load(content), dict | list)
 
 
-PROGRAMS = {"accelerate", "cd", "git", "make", "pip", "pytest", "python", "trl-core"}
+PROGRAMS = {"accelerate", "cat", "cd", "git", "ls", "make", "pip", "pytest", "python", "trl-core", "twine"}
 
 
 def commands(page):
@@ -383,6 +396,8 @@ def test_commands_exist(page):
         assert words[1] in COMMANDS, words
         known = flags_of(parser_of(words[1])) | {"--help"}
         if words[1] == "train":
+            if page == GUIDE and words[2] not in {name.partition(":")[2] for name in ALGORITHM_PAGES}:
+                continue  # the plugin that the page makes
             composition = compose(words[2] if words[2] != "NAME" else "grpo")
             names = {f.name for fields in [*groups_of(composition).values(), fields_of(RunOptions)] for f in fields}
             known |= {f"--{name}" for name in names | composition.arguments.keys()}

@@ -122,7 +122,7 @@ def all_options() -> str:
         root = compose(info.qualified, warn=False).root.config
         assert root is not None
         classes += [cls for cls in root.__mro__[1:] if _is_ours(cls) and cls not in classes]
-    classes.sort(key=lambda cls: (len(cls.__mro__), cls.__name__))
+    classes.sort(key=lambda cls: (len(cls.__mro__) == 2, len(cls.__mro__), cls.__name__))  # what all have comes first
     lines = ["## Algorithms", ""]
     for info in infos:
         lines += [*_options_of(info), ""]
