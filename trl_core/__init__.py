@@ -16,6 +16,7 @@ PUBLIC_MODULES = ("trl_core", "trl_core.data", "trl_core.models", "trl_core.stag
 _HOMES = {
     "Algorithm": "algorithm",
     "AlgorithmInfo": "discovery",
+    "Deprecation": "stability",
     "Generated": "batch",
     "HookContext": "hookspecs",
     "JsonlMetricsCallback": "training.callbacks",
@@ -34,6 +35,7 @@ _HOMES = {
     "TokenRows": "batch",
     "Stability": "stability",
     "StepLineCallback": "training.callbacks",
+    "deprecated": "stability",
     "get_config": "composition",
     "get_trainer": "composition",
     "hookimpl": "hookspecs",
@@ -78,7 +80,9 @@ if TYPE_CHECKING:
     from .options import option as option
     from .options import require as require
     from .options import require_choice as require_choice
+    from .stability import Deprecation as Deprecation
     from .stability import Stability as Stability
+    from .stability import deprecated as deprecated
     from .training.callbacks import JsonlMetricsCallback as JsonlMetricsCallback
     from .training.callbacks import StepLineCallback as StepLineCallback
     from .training.config import OfflineConfig as OfflineConfig

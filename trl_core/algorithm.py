@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .stability import Deprecation
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,8 @@ class Algorithm:
         trainer: `"module:Class"` of the trainer, only for an algorithm that stands alone.
         config_name: public name of the composed config class; default: `name` in capitals + `Config`.
         trainer_name: public name of the composed trainer class; default: `name` in capitals + `Trainer`.
+        deprecated: what of this algorithm will go while it stays, by name: an entry of `arguments` or `defaults`, or
+            the public name of its config or trainer class. Options say it themselves, `option(deprecated=...)`.
         removal: for deprecated algorithms, the version that removes it.
         replacement: for deprecated algorithms, what to use instead.
     """
@@ -43,5 +48,6 @@ class Algorithm:
     trainer: str | None = None
     config_name: str | None = None
     trainer_name: str | None = None
+    deprecated: Mapping[str, Deprecation] = field(default_factory=dict)
     removal: str | None = None
     replacement: str | None = None

@@ -101,9 +101,10 @@ class Composition:
         module, _, attribute = str(self.root.trainer).partition(":")
         base = getattr(importlib.import_module(module), attribute)
         doc = f"Trainer of {self.name!r}: {self.own.algorithm.summary}\n\n{inspect.getdoc(base) or ''}"
-        return type(self._class_name("Trainer"), (base,), {"composition": self, "__doc__": doc, "__module__": __name__})
+        return type(self.class_name("Trainer"), (base,), {"composition": self, "__doc__": doc, "__module__": __name__})
 
-    def _class_name(self, suffix: str) -> str:
+    def class_name(self, suffix: str) -> str:
+        """Public name of its class: `suffix` is "Config" or "Trainer"."""
         given = getattr(self.own.algorithm, f"{suffix.lower()}_name")
         if given and "+" not in self.name:
             return str(given)
@@ -207,6 +208,12 @@ class Composition:
             extra: further providers by name, for example a generation backend; they count like an algorithm's.
         """
         self.check()
+        for part in self.parts:
+            for name, note in part.algorithm.deprecated.items():
+                if context.arguments.get(name) is not None:
+                    what = f"The trainer's argument {name!r} of {part.info.qualified!r}"
+                    origin = (part.info.distribution, part.info.version)
+                    stability.warn_or_refuse(what, note.removal, note.replacement, *origin)
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(HookSpecs)
         objects: dict[str, object] = {}
@@ -364,6 +371,7 @@ def get_config(name: str, *, require: str | None = None) -> type:
 # -- config classes ---------------------------------------------------------------------------------------------------
 def _make_config(composition: Composition, base: type, options: tuple[type, ...], overrides: dict[str, Any]) -> type:
     def __post_init__(self: Any) -> None:
+        _check_deprecated_options(composition, self)
         base.__post_init__(self)  # type: ignore[attr-defined]
         for option_class in reversed(options):
             if "__post_init__" in vars(option_class):
@@ -386,7 +394,32 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
         # A list or dictionary is copied for each config, so that none changes the others' default.
         default = {"default": value} if value.__hash__ else {"default_factory": functools.partial(copy.deepcopy, value)}
         namespace[name] = dataclasses.field(**default, metadata=by_name[name].metadata)
-    return dataclasses.dataclass(type(composition._class_name("Config"), (*options, base), namespace))
+    return dataclasses.dataclass(type(composition.class_name("Config"), (*options, base), namespace))
+
+
+def _check_deprecated_options(composition: Composition, config: Any) -> None:
+    """Warn of deprecated options that were given, or refuse them. Runs before any default is filled in."""
+    for f in dataclasses.fields(config):
+        note = f.metadata.get("deprecated")
+        if note is None or getattr(config, f.name) == default_of(f):
+            continue
+        parts = {name: part for part in composition.parts for name in _own_options(part)}
+        info = parts[f.name].info
+        definer = next(c for c in type(config).__mro__[1:] if f.name in inspect.get_annotations(c))
+        origin = (info.distribution, info.version)
+        if definer.__module__.startswith(f"{__package__}."):  # an option that the core gives to all trainers
+            origin = (discovery.CORE, discovery.core_version())
+        what = f"The option {f.name!r} of {info.qualified!r}"
+        stability.warn_or_refuse(what, note.removal, note.replacement, *origin)
+
+
+def _own_options(part: Part) -> list[str]:
+    return [] if part.algorithm.config is None else [f.name for f in dataclasses.fields(part.algorithm.config)]
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default value of an option; `dataclasses.MISSING` if it has none."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _restore_config(name: str, state: dict[str, Any]) -> Any:

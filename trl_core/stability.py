@@ -1,15 +1,21 @@
-"""Stability tags, the warnings that go with them, and the production guard."""
+"""Stability tags, deprecations, the warnings that go with them, and the production guard."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import ConfigError, StabilityError, TRLDeprecationWarning, TRLExperimentalWarning
+import importlib_metadata
+from packaging.version import InvalidVersion, Version
+
+from .errors import ConfigError, ContractError, StabilityError, TRLDeprecationWarning, TRLExperimentalWarning
 
 if TYPE_CHECKING:
     from .algorithm import Algorithm
@@ -19,6 +25,7 @@ SILENCE = "TRL_EXPERIMENTAL_SILENCE"
 REQUIRE = "TRL_CORE_REQUIRE"
 
 _warned: set[str] = set()
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Stability(StrEnum):
@@ -50,28 +57,145 @@ def warn_on_use(info: AlgorithmInfo, algorithm: Algorithm | None = None) -> None
         info: the algorithm's record.
         algorithm: the loaded algorithm; says for a deprecated one when it goes and what replaces it.
     """
-    who = f"{info.name!r} of {info.distribution} {info.version}"
-    category: type[Warning]
-    if info.stability is Stability.EXPERIMENTAL:
+    who = f"The algorithm {info.name!r} of {info.distribution} {info.version}"
+    if info.stability is Stability.DEPRECATED:
+        removal, replacement = (algorithm.removal, algorithm.replacement) if algorithm else (None, None)
+        warn_or_refuse(who, removal, replacement, info.distribution, info.version)
+    elif info.stability is Stability.EXPERIMENTAL:
         if os.environ.get(SILENCE, "").strip().lower() not in ("", "0", "false", "no", "off"):
             return
-        category = TRLExperimentalWarning
         message = (
-            f"The algorithm {who} is experimental: its options and its results may change, and it may be removed, in "
+            f"{who} is experimental: its options and its results may change, and it may be removed, in "
             f"any release. Pin the version to keep a run repeatable. To silence this warning set {SILENCE}=1."
         )
-    elif info.stability is Stability.DEPRECATED:
-        category = TRLDeprecationWarning
-        removal, replacement = (algorithm.removal, algorithm.replacement) if algorithm else (None, None)
-        when = f"in version {removal} of {info.distribution}" if removal else "in a later version"
-        instead = f"Use {replacement} instead." if replacement else "No replacement is named."
-        message = f"The algorithm {who} is deprecated and will be removed {when}. {instead}"
-    else:
-        return
-    if info.qualified not in _warned:
+        _warn_once(info.qualified, message, TRLExperimentalWarning)
+
+
+# -- deprecations -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Deprecation:
+    """What is said of something that will go: `option(..., deprecated=Deprecation(since="0.2", removal="0.4"))`.
+
+    Args:
+        since: the version of its distribution that deprecated it.
+        removal: the version that removes it, for what is stable at least two minor versions later.
+        replacement: what to use instead, as one would write it.
+
+    Raises:
+        ContractError: `since` or `removal` is no version.
+    """
+
+    since: str
+    removal: str
+    replacement: str | None = None
+
+    def __post_init__(self) -> None:
+        reached(self.since, self.removal)
+
+
+def reached(removal: str, version: str) -> bool:
+    """Whether a distribution of this version should no longer have what was to be removed in `removal`.
+
+    A pre-release of the removal version counts: it is where the removal is tried. A version that is not known to be
+    one (`"unknown"`) has reached nothing.
+
+    Raises:
+        ContractError: `removal` is no version.
+    """
+    try:
+        due = Version(removal)
+    except InvalidVersion:
+        raise ContractError(
+            f"{removal!r} is no version, so nobody can say when it is reached.", mend='Write it like "0.4".'
+        ) from None
+    try:
+        now = Version(version)
+    except InvalidVersion:
+        return False
+    return Version(now.base_version) >= due
+
+
+def warn_or_refuse(what: str, removal: str | None, replacement: str | None, distribution: str, version: str) -> None:
+    """Warn, once per process, that something deprecated is used, or refuse it where its removal version is reached.
+
+    Args:
+        what: what is used, as the beginning of a sentence.
+        removal: the version that removes it; None where nobody said.
+        replacement: what to use instead, or None.
+        distribution: name of the distribution it belongs to.
+        version: version of that distribution that is installed.
+
+    Raises:
+        ContractError: the installed version has reached `removal`.
+    """
+    instead = f"Use {replacement} instead." if replacement else "No replacement is named."
+    if removal and reached(removal, version):
+        raise ContractError(
+            f"{what} was to be removed in version {removal} of {distribution}, and {version} is installed.",
+            mend=f"{instead} Or install {distribution}<{removal}.",
+        )
+    when = f"in version {removal} of {distribution}" if removal else "in a later version"
+    _warn_once(what, f"{what} is deprecated and will be removed {when}. {instead}", TRLDeprecationWarning)
+
+
+def deprecated(
+    *, since: str, removal: str, replacement: str | None = None, parameter: str | None = None
+) -> Callable[[_F], _F]:
+    """Mark a function, a method, a class, a hook of the contract, or one `parameter` of these, as one that will go.
+
+    Using it warns once per process, and is refused once the distribution has reached `removal`. Write the arguments as
+    literals: `trl-core api` reads them from the source. What PEP 702 asks for is set, `__deprecated__`. For a hook, on
+    top of its other marks, implementing it warns.
+
+    Args:
+        since: see `Deprecation`.
+        removal: see `Deprecation`.
+        replacement: see `Deprecation`.
+        parameter: name of the parameter, if the rest stays.
+    """
+    note = Deprecation(since, removal, replacement)
+
+    def mark(thing: Any) -> Any:
+        what = f"The parameter {parameter!r} of " if parameter else ""
+        what += f"{thing.__module__}.{thing.__qualname__}"
+        spec = getattr(thing, "trl_core_spec", None)
+        if spec is not None:
+            warning = TRLDeprecationWarning(f"{what} is deprecated and will be removed in version {removal}.")
+            given = spec.get("warn_on_impl_args") or {}
+            spec |= {"warn_on_impl_args": {**given, parameter: warning}} if parameter else {"warn_on_impl": warning}
+            marked = thing
+        elif isinstance(thing, type):
+            marked, thing.__init__ = thing, _guarded(thing.__init__, what, note, parameter)  # type: ignore[misc]
+        else:
+            marked = _guarded(thing, what, note, parameter)
+        marked.__deprecations__ = {**vars(marked).get("__deprecations__", {}), parameter: note}
+        if parameter is None:
+            marked.__deprecated__ = f"Will be removed in {removal}." + (f" Use {replacement}." if replacement else "")
+        return marked
+
+    return mark
+
+
+def _guarded(function: Any, what: str, note: Deprecation, parameter: str | None) -> Any:
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if parameter is None or parameter in inspect.signature(function).bind_partial(*args, **kwargs).arguments:
+            name = what.rpartition(" of ")[2].partition(".")[0].replace("_", "-")
+            try:
+                version = importlib_metadata.version(name)
+            except importlib_metadata.PackageNotFoundError:
+                version = "unknown"
+            warn_or_refuse(what, note.removal, note.replacement, name, version)
+        return function(*args, **kwargs)
+
+    return guarded
+
+
+def _warn_once(key: str, message: str, category: type[Warning]) -> None:
+    if key not in _warned:
         warnings.warn(message, category, stacklevel=_level_of_caller())
         # Noted only now: where a filter turns the warning into an error, it stays one at every use.
-        _warned.add(info.qualified)
+        _warned.add(key)
 
 
 def _level_of_caller() -> int:
