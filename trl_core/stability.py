@@ -90,7 +90,8 @@ class Deprecation:
     replacement: str | None = None
 
     def __post_init__(self) -> None:
-        reached(self.since, self.removal)
+        reached(self.since, self.since)
+        reached(self.removal, self.since)
 
 
 def reached(removal: str, version: str) -> bool:
@@ -105,9 +106,7 @@ def reached(removal: str, version: str) -> bool:
     try:
         due = Version(removal)
     except InvalidVersion:
-        raise ContractError(
-            f"{removal!r} is no version, so nobody can say when it is reached.", mend='Write it like "0.4".'
-        ) from None
+        raise ContractError(f"{removal!r} is no version, which a deprecation needs.", mend='Write "0.4".') from None
     try:
         now = Version(version)
     except InvalidVersion:

@@ -18,6 +18,7 @@ COMMANDS = {
     "info": "show the parts, options and hooks of an algorithm or composition",
     "train": "train a model with an algorithm or composition",
     "check": "run the conformance kit on an algorithm or on a project",
+    "api": "record the public interface of a distribution, or check it against its records",
 }
 
 
