@@ -16,6 +16,7 @@
     run                 the keys of a run that `trl-core train` has beside the options of the algorithm
     names MODULE        the public names of a module
     decisions           the pages of docs/decisions
+    promotion           how far each algorithm is on the way to stable
     migration           where names of TRL are here
 """
 
@@ -217,14 +218,9 @@ def families() -> dict[str, list[str]]:
 @functools.cache
 def refusal(first: str, second: str) -> str | None:
     """Why two algorithms do not compose, or None."""
-    from trl_core.composition import compose
-    from trl_core.errors import TRLCoreError
+    from trl_core.promotion.criteria import refusal
 
-    try:
-        compose(f"{first}+{second}", warn=False).config_class  # noqa: B018  options are joined when it is asked for
-    except TRLCoreError as error:
-        return error.what
-    return None
+    return refusal(f"{first}+{second}")
 
 
 def matrix() -> str:
@@ -323,6 +319,21 @@ def decisions() -> str:
     return "\n".join(f"- [{title}]({name})" for title, name in titles)
 
 
+def promotion() -> str:
+    """For each algorithm its tag, and what `trl-core promote` says of it."""
+    from trl_core.project import Project
+    from trl_core.promotion.criteria import CRITERIA, Candidate, findings, verdict
+
+    criteria = [criterion.__name__.removeprefix("criterion_") for criterion in CRITERIA]
+    rows = []
+    for folder in [ROOT, *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]:
+        project = Project(folder)
+        for name, (tag, _) in sorted(project.algorithms.items()):
+            found = findings(Candidate(project, name))
+            rows.append([f"`{name}`", tag.value, *("yes" if each.met else "no" for each in found), verdict(found)])
+    return table(["algorithm", "tag", *criteria, "verdict"], rows)
+
+
 def migration() -> str:
     """Where names of TRL are here, as `trl-core migrate` knows it."""
     return str(importlib.import_module("trl_core.migration").table())
@@ -342,6 +353,7 @@ _WRITERS = (
     names,
     decisions,
     migration,
+    promotion,
 )
 WRITERS: dict[str, Callable[..., str]] = {writer.__name__: writer for writer in _WRITERS}
 

@@ -18,6 +18,9 @@ COMMANDS = {
     "info": "show the parts, options and hooks of an algorithm or composition",
     "train": "train a model with an algorithm or composition",
     "check": "run the conformance kit on an algorithm or on a project",
+    "promote": "show what an algorithm needs to become stable, and make it so",
+    "demote": "make a stable or deprecated algorithm experimental again",
+    "deprecate": "announce that an algorithm will be removed",
     "api": "record the public interface of a distribution, or check it against its records",
 }
 
