@@ -22,6 +22,7 @@ COMMANDS = {
     "demote": "make a stable or deprecated algorithm experimental again",
     "deprecate": "announce that an algorithm will be removed",
     "api": "record the public interface of a distribution, or check it against its records",
+    "migrate": "rewrite scripts for TRL with the names of trl-core and its plugins",
 }
 
 
