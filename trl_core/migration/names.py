@@ -164,6 +164,7 @@ HOMELESS = (
         "trl_ppo.classic.AutoModelForCausalLMWithValueHead, if you mean that model",
         "PreTrainedModelWrapper ValueHead SUPPORTED_ARCHITECTURES",
     ),
+    ("it is a base class of TRL's trainers", "docs/writing-a-plugin.md", "BaseTrainer"),
     ("vLLM is not built in", "GRPOTrainer(rollouts=...) takes a backend of your own", "VLLMClient VLLMGeneration"),
     (
         "there are no tools and environments here",
@@ -255,8 +256,8 @@ HOMELESS = (
     (
         "batches are not collated by a class that can be passed",
         "leave it out; packing is an option (packing=True)",
-        "ConstantLengthDataset DPODataCollatorWithPadding RewardDataCollatorWithPadding "
-        "DataCollatorForLanguageModeling DataCollatorForPreference DataCollatorForUnpairedPreference PPODataCollatorWithPadding",
+        "ConstantLengthDataset DPODataCollatorWithPadding RewardDataCollatorWithPadding PPODataCollatorWithPadding "
+        "DataCollatorForLanguageModeling DataCollatorForPreference DataCollatorForUnpairedPreference",
     ),
     ("it is an option here", "sync_ref_model=True of DPOConfig or GRPOConfig", "SyncRefModelCallback"),
     ("it is an option here", "log_completions=True of the online trainers", "LogCompletionsCallback WeaveCallback"),
@@ -297,8 +298,8 @@ HOMELESS = (
         "it is part of the loop here",
         _STEPS,
         "logprobs_from_logits entropy_from_logits whiten masked_mean masked_var masked_whiten clip_by_value "
-        "flatten_dict convert_to_scalar stack_dicts add_suffix pad_to_size average_torch_dicts stats_to_np listify_batch "
-        "build_bert_batch_from_txt top_k_top_p_filtering replace_logits randn_tensor PPODecorators WANDB_PADDING "
+        "flatten_dict convert_to_scalar stack_dicts add_suffix pad_to_size average_torch_dicts stats_to_np "
+        "listify_batch build_bert_batch_from_txt top_k_top_p_filtering replace_logits randn_tensor PPODecorators WANDB_PADDING "
         "RunningMoments pad pad_to_length selective_log_softmax compute_accuracy decode_and_strip_padding cap_exp "
         "exact_div get_reward forward first_true_indices batch_generation RepeatSampler "
         "generate_model_card add_bos_token_if_needed add_eos_token_if_needed truncate_right",
@@ -307,7 +308,7 @@ HOMELESS = (
         "loading and sharding models is part of the loop here",
         "accelerate launch; the trainers load and prepare models",
         "prepare_deepspeed prepare_fsdp unwrap_model_for_generation get_act_offloading_ctx_manager "
-        "enable_gradient_checkpointing create_model_from_path",
+        "enable_gradient_checkpointing create_model_from_path enable_selective_activation_checkpointing",
     ),
     (
         "profiling marks are not here",
@@ -328,6 +329,22 @@ HOMELESS = (
     ("a version of TRL says nothing about trl-core", "trl_core.__version__, for its own versions", "__version__"),
 )
 
+# Modules whose further names only TRL's own trainers need.
+_HELPERS = (
+    "trl.trainer.utils",
+    "trl.trainer.callbacks",
+    "trl.experimental.utils",
+    "trl.experimental.merge_model_callback",
+    "trl.models",
+    "trl.import_utils",
+    "trl.data_utils",
+    "trl.chat_template_utils",
+    "trl.generation",
+    "trl.extras",
+    "trl.core",
+    "trl.env_utils",
+)
+HELPER = Homeless("it is a helper of TRL's own trainers", "copy the few lines, or keep TRL for this script")
 UNKNOWN = Homeless("this name of TRL is not known here", "keep TRL for it, or ask for it with a few words on its use")
 STAR = Homeless("what it brings is not known without TRL", "name what you use: from trl import GRPOTrainer, ...")
 AMBIGUITY = Homeless(
@@ -367,7 +384,7 @@ _MODULES = words(
 def is_module(qualified: str) -> bool:
     """Whether a dotted name of TRL is one of its modules, by how TRL names them."""
     before, _, name = qualified.rpartition(".")
-    if qualified == "trl" or before == "trl.experimental" or name in _MODULES:
+    if qualified == "trl" or (before == "trl.experimental" and name.islower()) or name in _MODULES:
         return True
     return name.endswith(("_trainer", "_config", "_rewards")) and not name.startswith("get_")
 
@@ -396,7 +413,8 @@ def look_up(qualified: str, ppo: str | None = None) -> Home | Homeless:
     if name in AMBIGUOUS and not experimental:
         return AMBIGUOUS[name][ppo] if ppo else AMBIGUITY
     home = _HOME_OF.get(known)
-    return home or _WHY.get(name, UNKNOWN)
+    helper = qualified.startswith(tuple(f"{module}." for module in _HELPERS))
+    return home or _WHY.get(name, HELPER if helper else UNKNOWN)
 
 
 def table() -> str:

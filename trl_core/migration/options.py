@@ -29,12 +29,14 @@ RENAMED = {
 
 WITHOUT_EFFECT = {
     "dataset_batch_size": "only the speed of tokenising depended on it",
+    "dataset_num_proc": "only the speed of tokenising depended on it",
     "overwrite_output_dir": "no trainer read it",
     "save_safetensors": "weights are always safetensors",
 }
 """Options that are left out, because no result depends on them."""
 
 _VLLM = Homeless("vLLM is not built in", "leave it out; GRPOTrainer(rollouts=...) takes a backend of your own")
+_DECODING = Homeless("completions are drawn by a loop of the core", "leave it out; generation_rows is near to it")
 _IN_CONFIG = "it is an option here"
 _LOSS = Homeless("the loss is formed by hooks", "docs/writing-a-plugin.md")
 _METRICS = Homeless("metrics are the trainer's own", "a callback, or evaluate after training")
@@ -43,7 +45,8 @@ _COMPUTED = Homeless("it follows from other options", "per_device_train_batch_si
 _VISION = Homeless("there are no images here", "leave it out")
 _TOOLS = Homeless("there are no tools and environments here", "GRPOTrainer(rollouts=...) takes a backend of your own")
 ABSENT = {
-    "cast_lm_head_to_fp32": Homeless("the head computes in the type of the model", "leave it out"),
+    "cast_lm_head_to_fp32": Homeless("there is no such cast here", "leave it out"),
+    "cache_implementation": _DECODING,
     "compute_loss_func": _LOSS,
     "compute_metrics": _METRICS,
     "data_collator": Homeless("rows are collated by the trainer", "leave it out"),
@@ -53,8 +56,9 @@ ABSENT = {
     "group_by_length": Homeless(
         "this transformers has it no longer", 'train_sampling_strategy="group_by_length" for True'
     ),
+    "log_completions_hub_repo": Homeless("they are written to <output_dir>/completions", "upload that folder"),
     "is_encoder_decoder": Homeless("there are no models with encoder and decoder here", "leave it out"),
-    "log_unique_prompts": Homeless("the printed sample is the last rows", "leave it out"),
+    "log_unique_prompts": Homeless("the sample is printed as it comes", "leave it out"),
     "logging_dir": Homeless("this transformers has it no longer", "the variable TENSORBOARD_LOGGING_DIR"),
     "max_prompt_length": Homeless(
         "prompts are not cut here", "leave it out, or drop or cut long prompts in the dataset first"
@@ -75,7 +79,10 @@ ABSENT = {
     "log_multimodal": _VISION,
     "use_liger_loss": Homeless("the head is chunked always, so it saves nothing", "leave it out"),
     "use_vllm": _VLLM,
-    **dict.fromkeys(("batch_size", "mini_batch_size", "local_batch_size", "micro_batch_size", "world_size"), _COMPUTED),
+    **dict.fromkeys(("use_transformers_paged", "use_transformers_continuous_batching"), _DECODING),
+    "transformers_continuous_batching_config": _DECODING,
+    **dict.fromkeys(("batch_size", "mini_batch_size", "local_batch_size", "local_mini_batch_size"), _COMPUTED),
+    **dict.fromkeys(("micro_batch_size", "world_size", "num_total_batches"), _COMPUTED),
 }
 
 POSITIONS = {"sft": 2, "reward": 2, "dpo": 3, "bema": 3, "ppo": 0, "classic": 9}
