@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from libcst import ParserSyntaxError
-
 from .rewrite import Finding, Rewritten, rewrite
 
 _NOT_LOOKED_INTO = {"site-packages", "node_modules", "__pycache__", "venv", "env", "build", "dist"}
@@ -87,9 +85,9 @@ def migrate(file: Path) -> Outcome:
             outcome.before = raw.decode(outcome.encoding)
             outcome.after = _take(outcome, rewrite(outcome.before))
             outcome.after.encode(outcome.encoding)
-    except ParserSyntaxError as error:
-        outcome.error = f"{file}:{error.raw_line}: no valid Python: {error.message.splitlines()[0]}"
-    except (OSError, UnicodeError, SyntaxError, _NotebookError) as error:
+    except SyntaxError as error:  # also from a line that names an unknown encoding
+        outcome.error = f"{file}:{error.lineno or 1}: no valid Python: {error.msg}"
+    except (OSError, UnicodeError, _NotebookError) as error:
         outcome.error = f"{file}: {getattr(error, 'strerror', None) or error}"
     return outcome
 
@@ -146,9 +144,9 @@ def _notebook(outcome: Outcome) -> str:
     script = "".join(f"{_CELL}{i}\n{_without_magics(source)}\n" for i, source in enumerate(sources))
     try:
         rewritten = rewrite(script)
-    except ParserSyntaxError as error:
-        cell, line = _place(script, error.raw_line)
-        raise _NotebookError(f"cell {numbers[cell]}, line {line}: no valid Python: {error.message}") from error
+    except SyntaxError as error:
+        cell, line = _place(script, error.lineno or 1)
+        raise _NotebookError(f"cell {numbers[cell]}, line {line}: no valid Python: {error.msg}") from error
     for finding in rewritten.findings:
         cell, line = _place(script, finding.line)
         outcome.findings.append((f"{outcome.file}:cell {numbers[cell]}:{line}", finding))

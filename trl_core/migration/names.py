@@ -175,11 +175,7 @@ HOMELESS = (
     (
         "the options of TRL's scripts are not here",
         _OWN_SCRIPT,
-        "ScriptArguments TrlParser ModelConfig H4ArgumentParser",
-    ),
-    (
-        "the options of TRL's scripts are not here",
-        _OWN_SCRIPT,
+        "ScriptArguments TrlParser ModelConfig H4ArgumentParser "
         "SFTScriptArguments DPOScriptArguments RewardScriptArguments",
     ),
     (
@@ -299,10 +295,10 @@ HOMELESS = (
         _STEPS,
         "logprobs_from_logits entropy_from_logits whiten masked_mean masked_var masked_whiten clip_by_value "
         "flatten_dict convert_to_scalar stack_dicts add_suffix pad_to_size average_torch_dicts stats_to_np "
-        "listify_batch build_bert_batch_from_txt top_k_top_p_filtering replace_logits randn_tensor PPODecorators WANDB_PADDING "
-        "RunningMoments pad pad_to_length selective_log_softmax compute_accuracy decode_and_strip_padding cap_exp "
-        "exact_div get_reward forward first_true_indices batch_generation RepeatSampler "
-        "generate_model_card add_bos_token_if_needed add_eos_token_if_needed truncate_right",
+        "listify_batch build_bert_batch_from_txt top_k_top_p_filtering replace_logits randn_tensor PPODecorators "
+        "WANDB_PADDING RunningMoments pad pad_to_length selective_log_softmax compute_accuracy "
+        "decode_and_strip_padding cap_exp exact_div get_reward forward first_true_indices batch_generation "
+        "RepeatSampler generate_model_card add_bos_token_if_needed add_eos_token_if_needed truncate_right",
     ),
     (
         "loading and sharding models is part of the loop here",
@@ -311,11 +307,16 @@ HOMELESS = (
         "enable_gradient_checkpointing create_model_from_path enable_selective_activation_checkpointing",
     ),
     (
+        "the head is computed in parts in every run",
+        "nothing",
+        "add_fused_lm_head patch_chunked_lm_head FusedCausalLMOutput CausalLMOutputWithPastAndFlatLogits",
+    ),
+    ("it is a variable here too", "TRL_EXPERIMENTAL_SILENCE=1", "suppress_experimental_warning suppress_warning"),
+    (
         "profiling marks are not here",
         "torch.profiler, or transformers' callbacks",
-        "profiling_context profiling_decorator",
+        "profiling_context profiling_decorator ProfilingContext",
     ),
-    ("profiling marks are not here", "torch.profiler, or transformers' callbacks", "ProfilingContext"),
     (
         "it tells whether a package is there that is of no use here",
         "importlib.util.find_spec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from libcst.helpers import get_full_name_for_node
 from . import names, options, ppo
 from .bindings import Binding, Script, Text, Use, read
 from .names import Home, Homeless, look_up
-from .statements import import_from, import_module, small_statements
+from .statements import import_from, import_module, last_argument, small_statements
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,28 @@ def rewrite(source: str) -> Rewritten:
     What has no home keeps its import, so that nothing is lost.
 
     Raises:
-        libcst.ParserSyntaxError: it is no Python.
+        SyntaxError: it is no Python.
     """
     if not re.search(r"\btrl\b", source):
         return Rewritten(source)
-    script = read(source)
+    try:
+        script = read(source)
+    except cst.ParserSyntaxError as error:
+        raise _as_python_says(source, error) from error
     plan = _Plan(script)
     plan.make()
     code = script.module.visit(_Rewriter(plan)).code
     findings = sorted(set(plan.findings), key=lambda finding: (finding.line, finding.kind == "note", finding.name))
     return Rewritten(code, findings, plan.distributions)
+
+
+def _as_python_says(source: str, error: cst.ParserSyntaxError) -> SyntaxError:
+    """The error with the line and the words that Python has for it, which are nearer to the cause."""
+    try:
+        ast.parse(source)
+    except SyntaxError as said:
+        return said
+    return SyntaxError(error.message, ("", error.raw_line, error.raw_column, ""))
 
 
 class _Plan:
@@ -273,8 +286,7 @@ class _Rewriter(cst.CSTTransformer):
             keyword = self.plan.keywords.get(old, "")
             if keyword is None:
                 if new and old is original_node.args[-1]:
-                    new[-1] = new[-1].with_changes(comma=argument.comma)
-                    new[-1] = new[-1].with_changes(whitespace_after_arg=argument.whitespace_after_arg)
+                    new[-1] = last_argument(new[-1], argument)
                 continue
             new.append(argument.with_changes(keyword=cst.Name(keyword)) if keyword else argument)
         return updated_node.with_changes(args=new)

@@ -125,3 +125,15 @@ def _text(module: str, aliases: list[tuple[cst.ImportAlias, Home | None]], comme
         rows += [f"    {comment}" for comment in above]
         rows.append(f"    {name},{f'  {behind}' if behind else ''}")
     return "\n".join([*rows, *(f"    {comment}" for comment in tail), ")"])
+
+
+def last_argument(argument: cst.Arg, removed: cst.Arg) -> cst.Arg:
+    """An argument that becomes the last one of a call, because those behind it go: the bracket stays in its place."""
+    comma, end = removed.comma, removed.whitespace_after_arg
+    before = argument.comma.whitespace_after if isinstance(argument.comma, cst.Comma) else None
+    after = comma.whitespace_after if isinstance(comma, cst.Comma) else end
+    if isinstance(before, cst.ParenthesizedWhitespace) and isinstance(after, cst.ParenthesizedWhitespace):
+        after = after.with_changes(first_line=before.first_line)  # with its comment
+    if isinstance(comma, cst.Comma):
+        return argument.with_changes(comma=comma.with_changes(whitespace_after=after))
+    return argument.with_changes(comma=cst.MaybeSentinel.DEFAULT, whitespace_after_arg=after)
