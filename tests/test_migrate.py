@@ -322,6 +322,19 @@ def test_arguments_in_other_places_and_foreign_options_are_listed(migrate):
     assert (code, listed) == (1, [(5, "SFTTrainer(...)", "option"), (6, "SFTTrainer(args=...)", "option")])
 
 
+def test_arguments_of_functions_are_looked_at(migrate):
+    source = "from trl import pack_dataset, BEMACallback\npack_dataset(d, 8, map_kwargs={})\nBEMACallback(3, lag=2)\n"
+    _, code, listed = migrate(source)
+    assert (code, listed) == (1, [(2, "pack_dataset(map_kwargs=...)", "option")])
+
+
+def test_options_of_what_is_not_installed_are_not_looked_at(migrate, monkeypatch):
+    monkeypatch.setattr("trl_core.migration.options.accepted", lambda home: None)
+    new, code, listed = migrate("from trl import SFTConfig\nSFTConfig(max_seq_length=3)\n")
+    assert (code, listed) == (0, [(2, "SFTConfig", "note")])
+    assert new == "from trl_core import SFTConfig\nSFTConfig(max_seq_length=3)\n"
+
+
 def test_the_same_option_of_another_class_is_untouched(migrate):
     source = "from trl import SFTConfig\nOther(max_seq_length=3, tokenizer=t)\n"
     assert migrate(source)[0] == source.replace("trl", "trl_core")

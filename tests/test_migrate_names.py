@@ -57,7 +57,10 @@ def test_an_unknown_name_has_a_reason_too():
         ("trl.experimental.bema_for_ref_model.DPOTrainer", "trl_bema.DPOTrainer"),
         ("trl.DPOTrainer", "trl_core.DPOTrainer"),
         ("trl.BEMACallback", "trl_bema.BEMACallback"),
-        ("trl.experimental.grpo_with_replay_buffer.ReplayBuffer", "trl_replay.ReplayBuffer"),
+        (
+            "trl.experimental.grpo_with_replay_buffer.GRPOWithReplayBufferConfig",
+            "trl_replay.GRPOWithReplayBufferConfig",
+        ),
         ("trl.core.respond_to_batch", "trl_ppo.classic.respond_to_batch"),
         ("trl.experimental.ppo.PPOTrainer", "trl_ppo.PPOTrainer"),
         ("trl.trainer.utils.disable_dropout_in_model", "trl_core.models.disable_dropout"),
@@ -102,6 +105,7 @@ def test_options_are_those_of_the_class_that_is_installed():
     assert {"group_filter_func", "reward_funcs", "args"} <= accepted(Home("trl_gfpo", "GFPOTrainer"))
     assert "data_collator" not in accepted(Home("trl_core", "SFTTrainer"))
     assert {"config", "tokenizer"} <= accepted(Home("trl_ppo.classic", "PPOTrainer"))
+    assert {"update_freq", "device"} <= accepted(Home("trl_bema", "BEMACallback"))
     assert accepted(Home("trl_of_nobody", "SFTConfig")) is None
 
 

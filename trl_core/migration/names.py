@@ -75,7 +75,7 @@ HOMES = (
     (
         "trl.experimental.grpo_with_replay_buffer",
         "trl_replay",
-        "GRPOWithReplayBufferConfig GRPOWithReplayBufferTrainer ReplayBuffer",
+        "GRPOWithReplayBufferConfig GRPOWithReplayBufferTrainer",
     ),
     ("trl.experimental.ppo", "trl_ppo", "PPOConfig PPOTrainer"),
     ("trl.experimental.ppo", "trl_ppo.classic", "AutoModelForCausalLMWithValueHead"),
@@ -254,6 +254,11 @@ HOMELESS = (
         "leave it out; packing is an option (packing=True)",
         "ConstantLengthDataset DPODataCollatorWithPadding RewardDataCollatorWithPadding PPODataCollatorWithPadding "
         "DataCollatorForLanguageModeling DataCollatorForPreference DataCollatorForUnpairedPreference",
+    ),
+    (
+        "the buffer here is used otherwise",
+        "trl_replay.ReplayBuffer with push(score, item) and entries()",
+        "ReplayBuffer",
     ),
     ("it is an option here", "sync_ref_model=True of DPOConfig or GRPOConfig", "SyncRefModelCallback"),
     ("it is an option here", "log_completions=True of the online trainers", "LogCompletionsCallback WeaveCallback"),

@@ -88,6 +88,7 @@ ABSENT = {
 POSITIONS = {"sft": 2, "reward": 2, "dpo": 3, "bema": 3, "ppo": 0, "classic": 9}
 """How many arguments of a trainer have the same places as in TRL; the online ones: `_ONLINE`."""
 _ONLINE = 7
+_ALL = 99
 
 CHANGED = {
     "f_alpha_divergence_coef": Homeless(
@@ -99,19 +100,23 @@ CHANGED = {
 
 
 def kind_of(home: Home) -> str:
-    """Whether a name is a "config" or a "trainer"."""
+    """Whether a name is a "config", a "trainer", or any other "function" or class that is called."""
+    if home.algorithm is None:
+        return "function"
     return "config" if home.name.endswith("Config") else "trainer"
 
 
 @functools.cache
 def accepted(home: Home) -> frozenset[str] | None:
-    """The options of a config, or the arguments of a trainer, that is installed; None if it is not."""
+    """The options of a config, or the arguments of what is called; None if it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = getattr(importlib.import_module(home.module), home.name)
     except ImportError:
         return None
+    if home.algorithm is None:
+        return frozenset(inspect.signature(made).parameters)
     if dataclasses.is_dataclass(made):
         return frozenset(f.name for f in dataclasses.fields(made) if f.init)
     own = [base for base in made.__mro__ if base.__module__.startswith("trl_") and "__init__" in vars(base)]
@@ -124,6 +129,8 @@ def same_places(home: Home) -> int:
     """How many positional arguments mean the same as in TRL."""
     if kind_of(home) == "config":
         return 0 if home.algorithm == "classic" else 1
+    if kind_of(home) == "function":
+        return 2 if home.module == "trl_core.data" else _ALL
     return POSITIONS.get(home.algorithm or "", _ONLINE)
 
 
@@ -139,9 +146,5 @@ def why_absent(option: str, home: Home) -> Homeless:
         return ABSENT[option]
     if option.startswith("vllm_"):
         return _VLLM
-    return Homeless(
-        f"{home.module}.{home.name} has no such {_WORDS[kind_of(home)]}", "leave it out, or keep TRL for it"
-    )
-
-
-_WORDS = {"config": "option", "trainer": "argument"}
+    word = "option" if kind_of(home) == "config" else "argument"
+    return Homeless(f"{home.module}.{home.name} has no such {word}", "leave it out, or keep TRL for it")

@@ -192,7 +192,7 @@ class _Plan:
     # -- calls and strings ---------------------------------------------------------------------------------------------
     def _options(self, use: Use) -> None:
         home = look_up(use.name, self.ppo) if use.name and use.call else None
-        if not isinstance(home, Home) or home.algorithm is None or use.call is None:
+        if not isinstance(home, Home) or use.call is None or home.module.startswith("transformers"):
             return
         known = options.accepted(home)
         if known is None:
@@ -236,7 +236,7 @@ class _Plan:
 
     def _unknown(self, argument: cst.Arg, home: Home, free: frozenset[str], line: int) -> None:
         option = argument.keyword.value if argument.keyword else ""
-        new = options.RENAMED[options.kind_of(home)].get(option)
+        new = options.RENAMED.get(options.kind_of(home), {}).get(option)
         name = f"{home.name}({option}=...)"
         if new in free:
             self.keywords[argument] = new
