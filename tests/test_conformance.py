@@ -5,7 +5,7 @@ from unittest import SkipTest
 import pytest
 
 from trl_core.errors import AlgorithmNotFoundError, ConfigError, ConformanceError
-from trl_core.testing import Subject, conformance_checks
+from trl_core.testing import Subject, conformance, conformance_checks
 from trl_core.testing.checks import (
     CHECKS,
     check_evaluation_changes_nothing,
@@ -171,24 +171,14 @@ def failed(found):
 
 
 # -- sound algorithms --------------------------------------------------------------------------------------------------
-ALGORITHMS = {
-    "grpo": Subject("trl-core:grpo"),
-    "sft": Subject("trl-core:sft"),
-    "reward": Subject("trl-core:reward", {"center_rewards_coefficient": 0.01}),
-    "dpo": Subject("trl-core:dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
-}
+DPO = Subject("trl-core:dpo", {"sync_ref_model": True, "ref_model_sync_steps": 2})
 
-
-@pytest.mark.parametrize(
-    "check",
-    [
-        pytest.param(check, id=f"{name}-{check.__name__}")
-        for name in ALGORITHMS
-        for check in conformance_checks(ALGORITHMS[name])
-    ],
+test_dpo_conforms = conformance(DPO)
+test_grpo_conforms = conformance(
+    Subject("trl-core:grpo", {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2})
 )
-def test_algorithm_conforms(check, tmp_path):
-    check(tmp_path)
+test_reward_conforms = conformance(Subject("trl-core:reward", {"center_rewards_coefficient": 0.01}))
+test_sft_conforms = conformance(Subject("trl-core:sft"))
 
 
 def test_reference_that_is_let_go_conforms(tmp_path):
@@ -211,18 +201,11 @@ def test_trainer_without_data_is_refused(packages, tmp_path):
         Subject("bare").trainer(tmp_path)
 
 
-WITH_STATE = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "entropy_coef": 0.01}
+ENTROPY = Subject("trl-core:grpo", {"entropy_coef": 0.01, "use_adaptive_entropy": True, "entropy_target": 99.0})
 PER_MICRO_BATCH = {"check_micro_batches_do_not_matter": "the entropy bonus is a mean over each micro-batch"}
 
 
-@pytest.mark.parametrize(
-    "check",
-    conformance_checks(
-        Subject("trl-core:grpo", {**WITH_STATE, "use_adaptive_entropy": True, "entropy_target": 99.0}), PER_MICRO_BATCH
-    ),
-)
-def test_grpo_with_reference_and_adaptive_entropy_conforms(check, tmp_path):
-    check(tmp_path)
+test_grpo_with_adaptive_entropy_conforms = conformance(ENTROPY, PER_MICRO_BATCH)
 
 
 @pytest.mark.parametrize("base", SOUND)

@@ -437,6 +437,8 @@ def test_sections_are_not_cut_at_comments_of_programs(tmp_path):
 PROJECTS = [ROOT, *sorted(file.parent for file in ROOT.glob("plugins/*/pyproject.toml"))]
 # The core's own four were stable before there was a release; see docs/decisions/0027.
 FOUNDING = {("trl-core", name): {"releases"} for name in ("dpo", "grpo", "reward", "sft")}
+# One check is exempt under one option, which is off by default: the entropy bonus is a mean over each micro-batch.
+FOUNDING["trl-core", "grpo"] |= {"conformance"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@
     names MODULE        the public names of a module
     decisions           the pages of docs/decisions
     promotion           how far each algorithm is on the way to stable
-    migration           where names of TRL are here
+    migration [homeless] where names of TRL are here, or which have no home
 """
 
 from __future__ import annotations
@@ -334,9 +334,11 @@ def promotion() -> str:
     return table(["algorithm", "tag", *criteria, "verdict"], rows)
 
 
-def migration() -> str:
-    """Where names of TRL are here, as `trl-core migrate` knows it."""
-    return str(importlib.import_module("trl_core.migration").table())
+def migration(part: str = "homes") -> str:
+    """Where the names of TRL are here, or those that have no home, as `trl-core migrate` knows it."""
+    from trl_core.migration import table, table_of_homeless
+
+    return table_of_homeless() if part == "homeless" else table()
 
 
 _WRITERS = (
