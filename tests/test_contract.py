@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import sys
 import types
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import trl_core
+from trl_core.cli.main import main
 from trl_core.contract import breaking_changes, changes, check, minors_unchanged, notices, record, records
+from trl_core.contract.compare import deprecations
 from trl_core.contract.interface import public_api
 from trl_core.contract.record import hook_schema
 from trl_core.errors import ContractError, ProjectError
@@ -451,7 +454,19 @@ SOURCE_MUTATIONS = {
         "errors.py",
         "class ConfigError(TRLCoreError, ValueError)",
         "class ConfigError(TRLCoreError)",
-        "'trl_core.errors.ConfigError': base class was removed",
+        "'trl_core.errors.ConfigError' does not derive from ValueError any more",
+    ),
+    "base of an error replaced": (
+        "errors.py",
+        "class ConfigError(TRLCoreError, ValueError)",
+        "class ConfigError(TRLCoreError, RuntimeError)",
+        "'trl_core.errors.ConfigError' does not derive from ValueError any more",
+    ),
+    "another class between": (
+        "errors.py",
+        "class ConfigError(TRLCoreError, ValueError)",
+        "class OptionError(TRLCoreError, ValueError):\n    pass\n\n\nclass ConfigError(OptionError)",
+        None,
     ),
     "private method": (
         "batch.py",
@@ -557,13 +572,16 @@ def test_notice_is_six_months(folder):
     assert [each.kind for each in later] == ["deprecated and due"]
 
 
-def test_a_mark_that_cannot_be_read_is_an_error(folder, capsys):
-    write(
-        folder,
-        edited(SOURCES, ("def shorten", 'WHEN = "0.4"\n\n\n@deprecated(since="0.2", removal=WHEN)\ndef shorten')),
-    )
-    assert api("record", folder) == 0
-    assert api("check", folder) == 2
+@pytest.mark.parametrize(
+    "mark",
+    [
+        'WHEN = "0.4"\n\n\n@deprecated(since="0.2", removal=WHEN)',
+        'from typing_extensions import deprecated\n\n\n@deprecated("soon")',
+    ],
+)
+def test_a_mark_that_cannot_be_read_is_an_error(mark, folder, capsys):
+    write(folder, edited(SOURCES, ("def shorten", f"{mark}\ndef shorten")))
+    assert api("record", folder) == 2
     assert "'trl_promise.shorten'" in capsys.readouterr().err
 
 
@@ -662,3 +680,37 @@ def test_notices_of_a_record_alone(core):
     grpo(now)["options"]["beta"]["deprecated"] = {**NOTE, "removal": "0.3"}
     (notice,) = notices(now, [], date(2026, 1, 1))
     assert "option 'beta' of 'grpo' goes in 0.3, less than two minor versions after 0.2" in notice.what
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+def blocks(language):
+    text = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_commands_of_the_page_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    lines = [line.split()[1:] for block in blocks("sh") for line in block.splitlines() if line.startswith("trl-core")]
+    assert [main(line) for line in lines] == [0, 0, 0]
+    assert records(Project(folder))[0]["released"] == "2026-01-31"
+
+
+def test_deprecations_of_the_page_are_recorded_and_excuse(folder, capsys):
+    (module,) = blocks("python")
+    sources = {
+        "pyproject.toml": SOURCES["pyproject.toml"],
+        "trl_promise/__init__.py": "from .brief import cut, shorten\n__all__ = ['cut', 'shorten']\n",
+        "trl_promise/brief.py": module + "draft = Algorithm(name='draft', summary='')\n",
+    }
+    sources = edited(sources, ("promise.promise:", "promise.brief:"), ("promise =", "brief ="))
+    write(folder, sources)
+    assert api("record", folder) == 0
+    assert set(deprecations(records(Project(folder))[0])) == {
+        "option 'limit' of 'brief'",
+        "'judge' of 'brief'",
+        "'trl_promise.cut'",
+        "argument 'mark' of 'trl_promise.shorten'",
+    }
+    write(folder, edited(sources, NEXT))
+    assert api("check", folder) == 1
+    assert "option 'limit' of 'brief' was to be removed in 0.4" in capsys.readouterr().out

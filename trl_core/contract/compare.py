@@ -37,7 +37,9 @@ class _Difference:
     subjects: tuple[str, ...]
     """Names under which a deprecation may have said it, from the narrowest to the widest."""
     promised: bool
-    mend: str = "Put it back and deprecate it first, or keep the old way beside the new one; see docs/stability.md."
+    mend: str = (
+        "Put it back and deprecate it first, or keep the old way beside the new one; see docs/stability.md of trl-core."
+    )
 
 
 def breaking_changes(old: Record, new: Record) -> list[Change]:

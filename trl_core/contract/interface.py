@@ -175,20 +175,26 @@ def _arguments(mark: str, path: str) -> dict[str, Any]:
     call = ast.parse(mark, mode="eval").body
     try:
         assert isinstance(call, ast.Call)
-        return {"replacement": None} | {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (AssertionError, ValueError) as error:
+        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        return {"since": given.pop("since"), "removal": given.pop("removal"), "replacement": None} | given
+    except (AssertionError, KeyError, ValueError) as error:
         raise ContractError(
             f"What {path!r} is marked with cannot be read: @{mark}.",
-            mend='Write literals: @deprecated(since="0.2", removal="0.4").',
+            mend='Mark it with trl_core.deprecated, in literals: @deprecated(since="0.2", removal="0.4").',
         ) from error
 
 
 def breakages(old: dict[str, list[str]], new: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
-    """What griffe finds broken: a sentence, and the names that a deprecation may have had, from the narrowest out."""
+    """What is broken: a sentence, and the names that a deprecation may have had, from the narrowest out."""
     for top, stubs in _packages(old).items():
-        for found in griffe.find_breaking_changes(_tree(top, stubs), _tree(top, _packages(new).get(top, {}))):
+        before, after = _tree(top, stubs), _tree(top, _packages(new).get(top, {}))
+        for path, lost in _lost_bases(before, after):
+            yield f"{path!r} does not derive from {lost} any more", _enclosing(path)
+        for found in griffe.find_breaking_changes(before, after):
+            if found.kind is griffe.BreakageKind.CLASS_REMOVED_BASE:
+                continue  # it counts the bases, and knows neither which nor those further up
             path = found.obj.path.removesuffix(".__init__")
-            subjects = [repr(path.rsplit(".", depth)[0]) for depth in range(path.count("."))]
+            subjects = _enclosing(path)
             values = [value for value in (found.old_value, found.new_value) if isinstance(value, griffe.Parameter)]
             if values:
                 subjects.insert(0, f"argument {values[0].name!r} of {path!r}")
@@ -199,6 +205,21 @@ def breakages(old: dict[str, list[str]], new: dict[str, list[str]]) -> Iterator[
                 griffe.BreakageKind.PARAMETER_CHANGED_DEFAULT: f" changed its default{_from_to(values)}",
             }.get(found.kind, f": {found.kind.value.lower()}")
             yield f"{subjects[0]}{text}", subjects
+
+
+def _lost_bases(before: Any, after: Any) -> Iterator[tuple[str, str]]:
+    new = {path: _ancestors(thing) for path, thing in _walk(after) if thing.is_class}
+    for path, thing in _walk(before):
+        if thing.is_class and path in new:
+            yield from ((path, lost) for lost in sorted(_ancestors(thing) - new[path]))
+
+
+def _ancestors(owner: Any) -> set[str]:
+    return {str(base) for each in (owner, *owner.mro()) for base in each.bases}
+
+
+def _enclosing(path: str) -> list[str]:
+    return [repr(path.rsplit(".", depth)[0]) for depth in range(path.count("."))]
 
 
 def _from_to(values: list[Any]) -> str:

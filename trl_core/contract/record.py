@@ -25,7 +25,7 @@ from ..errors import ContractError, ProjectError
 from ..hookspecs import HookSpecs, hook_kinds
 from ..project import Project, is_core
 from ..stability import Stability
-from .compare import Change, additions, changes, notices
+from .compare import Change, additions, changes, deprecations, notices
 
 Record = dict[str, Any]
 
@@ -69,6 +69,7 @@ def record(project: Project) -> Record:
         "hooks": hook_schema() if is_core(project) else {},
         "api": api,
     }
+    deprecations(made)  # what cannot be read is better known now than at the next check
     return typing.cast(Record, json.loads(json.dumps(made)))
 
 
