@@ -16,6 +16,7 @@ Record = dict[str, Any]
 
 BREAKING, EXCUSED, ALLOWED, ADDED = "breaking", "deprecated and due", "allowed, experimental", "added"
 SIX_MONTHS = timedelta(days=183)
+_MEND = "Put it back and deprecate it first, or keep the old way beside the new; see docs/stability.md of trl-core."
 _HELD = (Stability.STABLE.value, Stability.DEPRECATED.value)
 
 
@@ -37,9 +38,6 @@ class _Difference:
     subjects: tuple[str, ...]
     """Names under which a deprecation may have said it, from the narrowest to the widest."""
     promised: bool
-    mend: str = (
-        "Put it back and deprecate it first, or keep the old way beside the new one; see docs/stability.md of trl-core."
-    )
 
 
 def breaking_changes(old: Record, new: Record) -> list[Change]:
@@ -58,7 +56,7 @@ def changes(old: Record, new: Record) -> list[Change]:
     for each in (*_algorithms(old, new), *_hooks(old, new), *_python(old, new)):
         due = any(s in notes and reached(notes[s]["removal"], new["version"]) for s in each.subjects)
         kind = EXCUSED if due else BREAKING if each.promised else ALLOWED
-        found.append(Change(kind, f"{new['distribution']}: {each.what}", each.mend if kind == BREAKING else ""))
+        found.append(Change(kind, f"{new['distribution']}: {each.what}", _MEND if kind == BREAKING else ""))
     return found
 
 
@@ -206,7 +204,7 @@ def _parts(name: str, was: Record, now: Record, new: Record) -> Iterator[tuple[s
 
 # -- hooks and Python names -------------------------------------------------------------------------------------------
 def _hooks(old: Record, new: Record) -> Iterator[_Difference]:
-    promised = _holds(old) or _holds(new)
+    promised = _promised(old, new)
     for hook, was in old["hooks"].items():
         what, now = f"hook {hook!r}", new["hooks"].get(hook)
         if now is None:
@@ -228,7 +226,7 @@ def _hooks(old: Record, new: Record) -> Iterator[_Difference]:
 def _python(old: Record, new: Record) -> Iterator[_Difference]:
     from .interface import breakages
 
-    promised = _holds(old) or _holds(new)
+    promised = _promised(old, new)
     for what, subjects in breakages(old["api"], new["api"]):
         last = ast.literal_eval(subjects[-1]).rpartition(".")[2]
         for name, algorithm in old["algorithms"].items():
@@ -238,13 +236,12 @@ def _python(old: Record, new: Record) -> Iterator[_Difference]:
         yield _Difference(what, tuple(subjects), promised)
 
 
-def _holds(record: Record) -> bool:
-    """Whether a distribution has an algorithm that it promises to keep."""
-    tags = ((each["tag"], each["removal"]) for each in record["algorithms"].values())
+def _promised(old: Record, new: Record) -> bool:
+    """Whether the distribution has, or had, an algorithm that it promises to keep, now that `new` is its version."""
     return any(
-        tag == Stability.STABLE
-        or (tag == Stability.DEPRECATED and not (removal and reached(removal, record["version"])))
-        for tag, removal in tags
+        each["tag"] == Stability.STABLE
+        or (each["tag"] == Stability.DEPRECATED and not reached(each["removal"] or "9999", new["version"]))
+        for each in (*old["algorithms"].values(), *new["algorithms"].values())
     )
 
 
