@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from .composition import get_trainer as get_trainer
     from .discovery import AlgorithmInfo as AlgorithmInfo
     from .discovery import list_algorithms as list_algorithms
+    from .errors import TRLDeprecationWarning as TRLDeprecationWarning
+    from .errors import TRLExperimentalWarning as TRLExperimentalWarning
     from .hookspecs import HookContext as HookContext
     from .hookspecs import hookimpl as hookimpl
     from .models.reference import reference_parameters as reference_parameters

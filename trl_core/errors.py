@@ -112,4 +112,4 @@ class TRLExperimentalWarning(UserWarning):
 
 
 class TRLDeprecationWarning(FutureWarning):
-    """A deprecated algorithm is used; the message names its removal version and its replacement."""
+    """Something deprecated is used; the message names its removal version and its replacement."""

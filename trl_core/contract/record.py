@@ -18,6 +18,8 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+import trl_core
+
 from ..algorithm import Algorithm
 from ..composition import Composition, Part, default_of
 from ..discovery import AlgorithmInfo, core_version
@@ -29,7 +31,6 @@ from .compare import Change, additions, changes, deprecations, notices
 
 Record = dict[str, Any]
 
-FACADES = ("trl_core", "trl_core.data", "trl_core.models", "trl_core.stages", "trl_core.testing")
 _WIDTH = 118
 
 
@@ -59,7 +60,7 @@ def record(project: Project) -> Record:
         tops = {value.partition(":")[0].partition(".")[0] for _, value in project.algorithms.values()}
         api: dict[str, list[str]] = {}
         for top in sorted(tops):
-            api |= public_api(map(importlib.import_module, FACADES if is_core(project) else [top]))
+            api |= public_api(map(importlib.import_module, trl_core.PUBLIC_MODULES if is_core(project) else [top]))
     made = {
         "distribution": project.name,
         "version": str(_version(project)),
