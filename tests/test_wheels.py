@@ -2,15 +2,12 @@
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from .helpers_wheels import build_wheel, make_environment, run
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"trl_core": ROOT} | {
@@ -79,53 +76,17 @@ print(json.dumps([line["loss"] for line in trainer.state.log_history if "loss" i
 """
 
 
-def run(*command, cwd, **environment):
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRL_"))}
-    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=inherited | settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
     """Both wheels, by package."""
     folder = tmp_path_factory.mktemp("wheels")
-    for source in DISTRIBUTIONS.values():
-        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source, cwd=folder)
-    return {package: next(folder.glob(f"{package}-*.whl")) for package in DISTRIBUTIONS}
+    return {package: build_wheel(source, folder) for package, source in DISTRIBUTIONS.items()}
 
 
 @pytest.fixture(scope="module")
 def environment(wheels, tmp_path_factory):
     """Folder of an environment with the wheels, beside the dependencies of the one that runs the tests."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-        *wheels.values(),
-        cwd=folder,
-    )
-    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip())
-    # A plain line of a .pth file is searched last, and the .pth files in there (editable installs) are not followed.
-    ours = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    (own / "dependencies.pth").write_text("\n".join(ours) + "\n", encoding="utf-8")
-    return folder
+    return make_environment(tmp_path_factory.mktemp("environment"), *wheels.values())
 
 
 @pytest.mark.parametrize("package", DISTRIBUTIONS)

@@ -19,12 +19,14 @@ from ..scaffold import SHAPES, Names, render, write
 
 _SUMMARIES = {
     "online": "{base} with a limit to advantages.",
-    "pairs": "{base} without the pairs whose loss is above a limit.",
-    "scores": "{base} without the pairs whose loss is above a limit.",
+    "pairs": "{base} with a level at which the loss of a pair flattens.",
+    "scores": "{base} with a level at which the loss of a pair flattens.",
     "texts": "{base} with the first term of PolyLoss.",
     "alone": "Policy gradient with the mean of the other completions as baseline.",
 }
 _LONGEST_SUMMARY = 100
+# No default of argparse, which would not see that it is also given.
+_BASE = "grpo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name", metavar="NAME", help="name of the algorithm; my-algo makes the distribution trl-my-algo"
     )
     base = parser.add_mutually_exclusive_group()
-    base.add_argument("--extends", metavar="ALGORITHM", default="grpo", help="what it builds on; default: grpo")
+    base.add_argument("--extends", metavar="ALGORITHM", help=f"what it builds on; default: {_BASE}")
     base.add_argument("--stands-alone", action="store_true", help="it builds on no other algorithm")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write it; default: ./trl-NAME")
     parser.add_argument("--author", metavar="'NAME <MAIL>'", help="who answers for it; default: as git knows you")
@@ -48,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     """
     names = Names.parse(args.name)
     _check_free(names)
-    base = None if args.stands_alone else find(args.extends)
+    base = None if args.stands_alone else find(args.extends or _BASE)
     shape = "alone" if base is None else _shape(base)
     core = core_version()
     fields = {
         "core": core,
         "base": base.name if base else "",
-        "extends": args.extends.strip(),
+        "extends": (args.extends or _BASE).strip(),
         "author": _author(args.author),
         "dependencies": ", ".join(json.dumps(line) for line in _requirements(core, base)),
         "summary": _summary(args.summary or _SUMMARIES[shape].format(base=base.name if base else "")),
