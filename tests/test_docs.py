@@ -11,7 +11,6 @@ import math
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 import textwrap
 import tomllib
@@ -29,8 +28,6 @@ from trl_core.cli.main import COMMANDS, main
 from trl_core.cli.train import RunOptions
 from trl_core.composition import _check_hooks, compose
 from trl_core.testing import tiny_model, tiny_tokenizer
-
-from .helpers_dist import write_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*.md")]
@@ -469,101 +466,3 @@ def test_example_trains(page, tmp_path, monkeypatch):
 def test_readme_example_has_ten_lines():
     (example,) = [content for _, content in blocks(README, "python") if "trainer.train()" in content]
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
-
-
-# -- the walk-through --------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder with the files of the guide; the plugin is installed into its folder `site`."""
-    folder = tmp_path_factory.mktemp("walk")
-    for language in ("toml", "python"):
-        for info, content in blocks(GUIDE, language):
-            title, mode = re.fullmatch(r'title="([^"]+)"( append)?', info).groups()
-            file = folder / title
-            assert file.exists() == bool(mode), f"{title} is given twice, or is to be extended before it is there"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text((file.read_text(encoding="utf-8") if mode else "") + content, encoding="utf-8")
-    options = ["--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", folder / "site", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture
-def walk(installed, monkeypatch):
-    monkeypatch.syspath_prepend(installed / "site")
-    monkeypatch.chdir(installed)
-    return installed
-
-
-def test_walk_through_lists_the_plugins(walk, capsys):
-    assert main(["list", "--format", "md"]) == 0
-    listed = capsys.readouterr().out
-    assert "| brief | experimental | trl-brief | grpo | Train on brief completions only. |" in listed
-    assert "| ramp | experimental | trl-brief | grpo | Let advantages grow to their full size. |" in listed
-
-
-@pytest.mark.usefixtures("walk", "one_thread")
-def test_walk_through_trains(capsys):
-    runpy.run_path("train.py", run_name="__main__")
-    kept = re.search(r"^kept: \[([\d.]+), ([\d.]+)\]$", capsys.readouterr().out, flags=re.MULTILINE)
-    assert all(0 < float(share) < 1 for share in kept.groups())
-
-
-@pytest.mark.usefixtures("walk", "one_thread")
-def test_walk_through_composes(capsys):
-    runpy.run_path("compose.py", run_name="__main__")
-    assert "generations seen: 2" in capsys.readouterr().out
-
-
-def test_walk_through_conforms(walk, tmp_path):
-    module = runpy.run_path("tests/test_conformance.py")
-    (mark,) = module["test_conformance"].pytestmark
-    for check in mark.args[1]:
-        module["test_conformance"](check, tmp_path / check.__name__)
-
-
-PLUGIN = """
-from dataclasses import dataclass
-from trl_core import Algorithm, hookimpl, option
-
-@dataclass
-class Options:
-    refused_limit: int = option(1, "For a test.")
-
-class Hooks:
-    def __init__(self, context):
-        pass
-
-    @hookimpl
-    def keep(self, rollouts):
-        return rollouts.reward > 0
-
-algorithm = Algorithm(name="refused", summary="For a test.", extends="grpo", config=Options, hooks=Hooks)
-"""
-REFUSED = {
-    "a misspelt hook": ("def keep(", "def kept("),
-    "without `@hookimpl`": ("    @hookimpl\n", ""),
-    "an argument that the hook does not have": ("(self, rollouts)", "(self, samples)"),
-    "an argument with a default value": ("(self, rollouts)", "(self, rollouts=None)"),
-    "a wrapper of a contribute hook": ("@hookimpl\n", "@hookimpl(wrapper=True)\n"),
-    "`tryfirst` or `trylast`": ("@hookimpl\n", "@hookimpl(tryfirst=True)\n"),
-    "an option that the base": ("refused_limit", "beta"),
-    "`defaults` for an option that does not exist": ("hooks=Hooks", "hooks=Hooks, defaults={'no_such': 1}"),
-    "a `name` that differs": ('name="refused"', 'name="other"'),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_guide_names_the_error(what, tmp_path, monkeypatch):
-    (expected,) = re.findall(rf"^\| [^|\n]*{re.escape(what)}[^|\n]*\| `(\w+)` \|$", read(GUIDE), flags=re.MULTILINE)
-    old, new = REFUSED[what]
-    assert old in PLUGIN
-    monkeypatch.syspath_prepend(tmp_path)
-    # A name of its own, so that no module of another case is found again.
-    distribution = f"trl-refused-{list(REFUSED).index(what)}"
-    write_plugin(tmp_path, "refused", distribution=distribution, source=PLUGIN.replace(old, new))
-    with pytest.raises(errors.TRLCoreError) as caught:
-        assert get_trainer("refused").composition.config_class
-    assert type(caught.value).__name__ == expected
