@@ -141,6 +141,7 @@ def test_style_is_kept_whatever_the_name(config, many):
 
 
 @pytest.mark.slow  # mypy reads torch and transformers
+@pytest.mark.timeout(600)
 def test_types_fit(many):
     for shape in (*SHAPES, *OTHERS):
         command = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", "trl_two_words3"]
@@ -291,7 +292,8 @@ def test_installed_plugin_passes_the_tests_of_its_formula(shape, installed):
 
 
 # One shape is enough for every day; the page on writing a plugin, whose test is test_guide.py, has the online one.
-@pytest.mark.parametrize("shape", ["offline", *(pytest.param(s, marks=pytest.mark.slow) for s in ("online", "alone"))])
+@pytest.mark.slow  # the whole kit for each; test_guide.py runs it for one plugin in `make test`
+@pytest.mark.parametrize("shape", ["online", "offline", "alone"])
 def test_installed_plugin_passes_all_of_its_tests(shape, installed):
     told = own_tests(installed, shape)
     assert told.count("SKIPPED") == (2 if shape == "alone" else 0), "there is no base to compare it with"

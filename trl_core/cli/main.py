@@ -17,7 +17,7 @@ COMMANDS = {
     "list": "list the installed algorithms",
     "info": "show the parts, options and hooks of an algorithm or composition",
     "train": "train a model with an algorithm or composition",
-    "new": "make a plugin: a whole project, to be filled in",
+    "new": "make a plugin: a complete project that runs and passes its tests",
     "check": "run the conformance kit on an algorithm or on a project",
     "promote": "show what an algorithm needs to become stable, and make it so",
     "demote": "make a stable or deprecated algorithm experimental again",
