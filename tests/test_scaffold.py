@@ -285,15 +285,14 @@ def own_tests(installed, shape, *options):
     return run(*command, cwd=folders[shape]).stdout
 
 
-@pytest.mark.parametrize("shape", ["online", "alone"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_installed_plugin_passes_the_tests_of_its_formula(shape, installed):
     told = own_tests(installed, shape, "-m", "not conformance")
     assert " passed" in told and "SKIPPED" not in told
 
 
-# One shape is enough for every day; the page on writing a plugin, whose test is test_guide.py, has the online one.
 @pytest.mark.slow  # the whole kit for each; test_guide.py runs it for one plugin in `make test`
-@pytest.mark.parametrize("shape", ["online", "offline", "alone"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_installed_plugin_passes_all_of_its_tests(shape, installed):
     told = own_tests(installed, shape)
     assert told.count("SKIPPED") == (2 if shape == "alone" else 0), "there is no base to compare it with"
