@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "scaffold": {"errors"},
     "migration": {"errors"},
     "contract": _COMPOSED | {"project", "trl_core"},
-    "promotion": _COMPOSED | {"project", "contract"},
+    "promotion": _COMPOSED | {"project", "contract", "testing"},
     "cli": _COMPOSED | {"trl_core", "data", "training", "testing", *_AUTHORS},
 }
 

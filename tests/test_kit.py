@@ -108,10 +108,10 @@ def test_check_reports_failures_exemptions_and_what_does_not_apply(tmp_path):
 
 def test_check_fails_with_the_mend_where_a_check_does(tmp_path):
     project, environment = make_project(tmp_path, source=PLUGIN.replace("self.scale\n", "2.0\n"))
-    done = check(project, environment, project, "--pytest", "-k 'loads or neutral'")
+    done = check(project, environment, project, "--pytest", "-k 'loads or neutral'", "--report", "report.json")
     assert done.returncode == 1
     assert "Let every hook return what it was given when there is nothing to do." in done.stdout
-    (subject,) = read(project / "evidence" / "conformance.json").subjects
+    (subject,) = read(tmp_path / "report.json").subjects
     assert subject.red == ["check_neutral_setting_equals_base"]
     assert subject.checks["check_neutral_setting_equals_base"]["outcome"] == "failed"
 
@@ -141,6 +141,18 @@ def test_check_of_an_algorithm_without_its_folder_takes_options(tmp_path):
 def test_check_refuses_what_it_cannot_check(arguments, what, capsys):
     assert main(["check", *arguments]) == 2
     assert what in capsys.readouterr().err
+
+
+def test_check_that_could_not_be_made_leaves_the_evidence_alone(tmp_path):
+    project, environment = make_project(tmp_path, test="import no_such_module_at_all\n")
+    (project / "evidence").mkdir()
+    (project / "evidence" / "conformance.json").write_text("as it was")
+    done = check(project, environment, project)
+    assert done.returncode == 2
+    assert "no_such_module_at_all" in done.stdout and "Correct what pytest says above." in done.stderr
+    (project / "tests" / "test_conformance.py").write_text(TEST.replace("NEUTRAL", "None").replace("EXEMPT", "None"))
+    assert check(project, environment, project, "--pytest", "-k loads").returncode == 0
+    assert (project / "evidence" / "conformance.json").read_text() == "as it was"
 
 
 def test_check_of_a_project_without_conformance_tests_shows_the_lines(tmp_path):

@@ -158,6 +158,14 @@ def report(folder, **outcomes):
     conformance.write(entries, folder / conformance.FILE)
 
 
+def forget(folder, check):
+    """Take a check out of the report, as `--pytest "-k ..."` leaves it out."""
+    file = folder / conformance.FILE
+    record = json.loads(file.read_text())
+    del record["subjects"][0]["checks"][check]
+    file.write_text(json.dumps(record))
+
+
 def release(folder, core, **changes):
     """Record a release made with a version of trl-core: the interface as it is, with changes of its options."""
     assert main(["api", "record", str(folder), "--released", "2026-01-01"]) == 0
@@ -207,6 +215,7 @@ TAKEN_AWAY = {
     "a failed check": ("conformance", lambda p: report(p, check_trains="failed"), "not green: trains (failed)"),
     "a blocked check": ("conformance", lambda p: report(p, check_acts="blocked"), "not green: acts (blocked)"),
     "an exemption": ("conformance", lambda p: report(p, check_acts="exempt"), "exemptions: acts (why)"),
+    "a part of the kit": ("conformance", lambda p: forget(p, "check_acts"), "checks that were not made: check_acts"),
     "other source": ("conformance", lambda p: edit(p / "trl_proven/__init__.py", "1.0, ", "1.0,  "), "has changed"),
     "another subject": (
         "conformance",
@@ -412,6 +421,25 @@ def test_project_file_that_says_nothing_is_refused(text, says, tmp_path):
     (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(ProjectError, match=says):
         Project(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["check", "promote"])
+def test_project_that_is_not_what_is_imported_is_refused(command, project, packages, capsys):
+    arguments = (
+        [command, str(project.folder)]
+        if command == "check"
+        else ["promote", "proven", "--project", str(project.folder)]
+    )
+    other = packages / "trl_proven"
+    other.mkdir()
+    (other / "__init__.py").write_text(SOURCE)
+    sys.path.remove(str(project.folder))
+    assert main(arguments) == 2
+    assert f"is imported from {other / '__init__.py'}, not from" in capsys.readouterr().err
+    for info in packages.glob("*.dist-info"):
+        shutil.rmtree(info)
+    assert main(arguments) == 2
+    assert f"pip install -e {project.folder}" in capsys.readouterr().err
 
 
 def test_algorithm_that_the_project_does_not_register(project, capsys):

@@ -18,7 +18,7 @@ from urllib.request import url2pathname
 import importlib_metadata
 from packaging.utils import canonicalize_name
 
-from .discovery import CORE, GROUPS, find
+from .discovery import CORE, GROUPS, find, find_spec
 from .errors import AlgorithmNotFoundError, ProjectError
 from .stability import Stability
 
@@ -121,6 +121,26 @@ def find_project(name: str) -> Project:
             mend="Give the folder in place of the name, or install it from there: pip install -e FOLDER",
         )
     return Project(source)
+
+
+def check_installed(project: Project) -> None:
+    """That what is imported under the names of a project are the files in its folder.
+
+    Raises:
+        ProjectError: it is not installed, an algorithm was added since it was, or another copy is imported.
+    """
+    mend = f"Install it from its folder: pip install -e {project.folder}"
+    for name, (_, value) in project.algorithms.items():
+        try:
+            info = find(f"{project.name}:{name}")
+        except AlgorithmNotFoundError as error:
+            what = f"{project.folder} registers {name!r}, but no installed distribution {project.name} does."
+            raise ProjectError(what, mend=mend) from error
+        spec = find_spec(info.value.partition(":")[0].strip())
+        file = spec.origin if spec else None
+        if info.value != value or file is None or not Path(file).resolve().is_relative_to(project.folder.resolve()):
+            what = f"{info} is imported from {file}, not from {project.folder}."
+            raise ProjectError(what, mend=mend)
 
 
 def installed_from(distribution: Any) -> Path | None:

@@ -19,7 +19,7 @@ import importlib_metadata
 
 from ..errors import ConfigError, ConformanceError, ProjectError
 from ..options import require
-from ..project import Project, find_project
+from ..project import Project, check_installed, find_project
 from ..promotion.conformance import FILE, MARKER, Report, read
 from .flags import fields_of
 from .flags import read as read_value
@@ -29,6 +29,7 @@ _TEST = """from trl_core.testing import Subject, conformance
 
 test_conformance = conformance(Subject({name!r}, options={options!r}))
 """
+_PYTEST_HELP = 'such as "-n 2 -k trains"; what comes out is then no evidence, and kept only with --report'
 _NO_TESTS = 5  # pytest's exit code where no test was selected
 
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="algorithm, distribution, or folder of a project")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="option to check it under")
     parser.add_argument("--report", type=Path, metavar="FILE", help="default: evidence/conformance.json of the project")
-    parser.add_argument("--pytest", type=shlex.split, default=[], metavar="OPTIONS", help='such as "-n 2 -k trains"')
+    parser.add_argument("--pytest", type=shlex.split, default=[], metavar="OPTIONS", help=_PYTEST_HELP)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,15 +62,17 @@ def run(args: argparse.Namespace) -> int:
             tests = project.folder / "tests" if (project.folder / "tests").is_dir() else project.folder
         found = Path(scratch, "report.json")
         code = _pytest(tests, found, args.pytest)
-        if code == _NO_TESTS or not found.is_file():
+        report = read(found) if found.is_file() else None
+        if report is None or not report.subjects:
             name = f"{project.name}:{next(iter(project.algorithms), 'NAME')}" if project else args.name
+            lines = f"Write tests/test_conformance.py:\n\n{_TEST.format(name=name, options={})}"
             raise ConformanceError(
                 f"No test of the conformance kit was run in {tests}.",
-                mend=f"Write tests/test_conformance.py:\n\n{_TEST.format(name=name, options={})}",
+                mend=lines if code == _NO_TESTS else "Correct what pytest says above.",
             )
-        report = read(found)
         _print(report)
-        target = args.report or (project and project.folder / FILE)
+        # A part of the kit is no evidence.
+        target = args.report or (project and not args.pytest and project.folder / FILE)
         if target:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found, target)
@@ -80,11 +83,13 @@ def run(args: argparse.Namespace) -> int:
 def _project(name: str) -> Project | None:
     """The project that is named; None for an algorithm that is not installed from its folder."""
     try:
-        return find_project(name)
+        project = find_project(name)
     except ProjectError:
         if os.path.isdir(name):
             raise
         return None
+    check_installed(project)
+    return project
 
 
 def _options(name: str, settings: Sequence[str]) -> dict[str, Any]:

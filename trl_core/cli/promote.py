@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 
 from ..errors import PromotionError
-from ..project import find_project
+from ..project import check_installed, find_project
 from ..promotion import moves, stabilisation
 from ..promotion.criteria import Candidate, Finding, findings, verdict
 from ..stability import Stability
@@ -36,6 +36,7 @@ def candidate_of(args: argparse.Namespace) -> Candidate:
     project = find_project(args.project or args.name)
     candidate = Candidate(project, args.name.rpartition(":")[2])
     project.algorithm(candidate.name)
+    check_installed(project)
     return candidate
 
 

@@ -65,6 +65,8 @@ class Finding:
 
 def criterion_conformance(candidate: Candidate) -> Finding:
     """The conformance kit is green for this very source, with no exemption."""
+    from ..testing.checks import CHECKS
+
     name, file = "conformance", candidate.project.folder / conformance.FILE
     command = f"run `trl-core check {candidate.project.name}`"
     try:
@@ -80,9 +82,12 @@ def criterion_conformance(candidate: Candidate) -> Finding:
     evidence = f"{checks} checks in {len(subjects)} tests, {seconds:.0f} s, {report.when}, {versions}"
     red = _named({check: s.checks[check]["outcome"] for s in subjects for check in s.red})
     exempt = _named({check: why for s in subjects for check, why in s.exempt.items()})
+    lacking = [c.__name__ for c in CHECKS if any(c.__name__ not in s.checks for s in subjects)]
     source = conformance.fingerprint(candidate.project.algorithm(candidate.name)[1])
     if exempt:
         return Finding(name, evidence, f"exemptions: {exempt}")
+    if lacking:
+        return Finding(name, evidence, f"checks that were not made: {', '.join(lacking)}")
     if red:
         return Finding(name, evidence, f"not green: {red}")
     if any(subject.sources[candidate.qualified] != source for subject in subjects):
