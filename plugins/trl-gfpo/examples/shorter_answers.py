@@ -270,9 +270,10 @@ def report(found):
         "is compared, and which criterion was fixed before these runs.",
         "",
         f"Sums of {DIGITS} digits modulo {BASE}; {at['steps']} optimizer steps, each on a generation of "
-        f"{at['prompts']} prompts; k = {at['num_remains_in_group']}, G = {at['num_generations']}; learning rate {at['learning_rate']}; seeds "
-        f"{', '.join(map(str, at['seeds']))}. The first model has {at['parameters']:,} weights and {at['start_steps']} "
-        f"supervised steps behind it. {at['machine']}. {versions}. {at['date']}; {at['minutes']:.1f} minutes in all.",
+        f"{at['prompts']} prompts; k = {at['num_remains_in_group']}, G = {at['num_generations']}; learning rate "
+        f"{at['learning_rate']}; seeds {', '.join(map(str, at['seeds']))}. The first model has {at['parameters']:,} "
+        f"weights and {at['start_steps']} supervised steps behind it. {at['machine']}. {versions}. {at['date']}; "
+        f"{at['minutes']:.1f} minutes in all.",
         "",
         f"Of the claim: {'reproduced' if found['verdict']['reproduced'] else 'not reproduced'}, by the criterion.",
         "",
