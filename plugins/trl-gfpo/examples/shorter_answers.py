@@ -1,6 +1,6 @@
 """Does GFPO curb the growth of answers under GRPO, at equal accuracy? The paper's claim, on a toy, over several seeds.
 
-    OMP_NUM_THREADS=1 python plugins/trl-gfpo/examples/shorter_answers.py --report plugins/trl-gfpo/evidence
+    OMP_NUM_THREADS=1 python plugins/trl-gfpo/examples/shorter_answers.py --report plugins/trl-gfpo/evidence/decaying_rate
 
 The task: add six digits from 0 to 4, modulo 5. A small model may think aloud before it answers: `403112=422341#1` has
 the running totals, a marker, and the answer. With few totals it can only guess; with all six the answer is there to be
@@ -25,13 +25,20 @@ if, on every seed and for both GRPO arms,
 2. `gfpo shortest` has a mean length below GRPO's by more than the spread,
 3. its accuracy is not below GRPO's by more than the spread,
 
-and the control is not shorter than `grpo k` by more than the spread on any seed. The same is reported of token
-efficiency. As the paper's measure, the excess length reduction: how much of the growth under GRPO is gone.
+and if the control, which is `grpo k` with rows drawn in another way, is neither shorter than `grpo k` nor less accurate
+by more than the spread on any seed. The same is reported of token efficiency. As the paper's measure, the excess length
+reduction: how much of the growth under GRPO is gone.
 
 Options were set with pilot runs from another first model, on another seed (100; `grpo k` and `gfpo shortest`, and token
 efficiency with the largest learning rate), so that both arms have levelled off: 60 steps with a learning rate of 1e-4
 were too few for either, after 150 with 1e-4, 2e-4 and 4e-4 GRPO was right in 0.96, 0.98 and 0.98 of the answers, with
 15 tokens, and GFPO in 0.90, 0.93 and 0.87, with 9; hence 2e-4, and more steps.
+
+There are two reports. In the first (`--schedule constant`, seeds 0 to 2) the learning rate stayed as it was. Answers
+were shorter on every seed, but the accuracy of the last weights could not be compared: rewards still dropped from 0.99
+to 0.91 from one step to the next, and the control, then held to its length only, ended up to 0.065 below `grpo k`,
+further than any filter by length. The second, once and on new seeds (10 to 12), lets the learning rate fall to 0 over
+the same steps and asks for the accuracy of the control too. Nothing else was changed.
 """
 
 import argparse
@@ -159,7 +166,7 @@ def run(name, seed, first, tokenizer, rows, held_out, options, folder):
         max_completion_length=MAX_NEW_TOKENS,
         temperature=1.0,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=options.schedule,
     )
     set_seed(seed)
     started = time.perf_counter()
@@ -242,14 +249,16 @@ def verdict(before, runs):
                 "excess length reduction": removed,
             }
     grpo, control = runs["grpo k"], runs["gfpo random"]
-    lengths = spread(grpo, control, "length")
+    lengths, right = spread(grpo, control, "length"), spread(grpo, control, "accuracy")
     found["control"] = {
         "not shorter": all(a["length"] - b["length"] <= lengths for a, b in zip(grpo, control, strict=True)),
+        "as accurate": all(a["accuracy"] - b["accuracy"] <= right for a, b in zip(grpo, control, strict=True)),
         "spread of length": lengths,
+        "spread of accuracy": right,
     }
     needed = [found[f"gfpo shortest against {base}"] for base in ("grpo k", "grpo G")]
     held = all(part[key] for part in needed for key in ("grpo lengthens", "shorter", "as accurate"))
-    found["reproduced"] = held and found["control"]["not shorter"]
+    found["reproduced"] = held and found["control"]["not shorter"] and found["control"]["as accurate"]
     return found
 
 
@@ -266,12 +275,12 @@ def report(found):
     lines = [
         "# Does GFPO curb the growth of answers?",
         "",
-        "Written by [shorter_answers.py](../examples/shorter_answers.py), whose first lines say what the task is, what "
+        "Written by [shorter_answers.py](../../examples/shorter_answers.py), whose first lines say what the task is, what "
         "is compared, and which criterion was fixed before these runs.",
         "",
         f"Sums of {DIGITS} digits modulo {BASE}; {at['steps']} optimizer steps, each on a generation of "
         f"{at['prompts']} prompts; k = {at['num_remains_in_group']}, G = {at['num_generations']}; learning rate "
-        f"{at['learning_rate']}; seeds {', '.join(map(str, at['seeds']))}. The first model has {at['parameters']:,} "
+        f"{at['learning_rate']}, {at['schedule']}; seeds {', '.join(map(str, at['seeds']))}. The first model has {at['parameters']:,} "
         f"weights and {at['start_steps']} supervised steps behind it. {at['machine']}. {versions}. {at['date']}; "
         f"{at['minutes']:.1f} minutes in all.",
         "",
@@ -311,8 +320,10 @@ def report(found):
     control = found["verdict"]["control"]
     lines += [
         "",
-        f"The control, k of G at random, is {'not ' if control['not shorter'] else ''}shorter than `grpo k` by more "
-        f"than the spread ({control['spread of length']:.2f}).",
+        "The control, k of G at random, against `grpo k`: "
+        f"{'not shorter' if control['not shorter'] else 'shorter'} by more than the spread "
+        f"({control['spread of length']:.2f}), {'as' if control['as accurate'] else 'less'} accurate by it "
+        f"({control['spread of accuracy']:.3f}).",
         "",
         "## How much thinking it takes",
         "",
@@ -348,12 +359,13 @@ def thinking_cell(group, fits):
 def parse(arguments):
     head = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=head)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
     parser.add_argument("--steps", type=int, default=240, help="generations, with one optimizer step each")
     parser.add_argument("--prompts", type=int, default=16, help="prompts per generation")
     parser.add_argument("--num_generations", type=int, default=16, help="G")
     parser.add_argument("--num_remains_in_group", type=int, default=8, help="k")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="of the learning rate")
     parser.add_argument("--problems", type=int, default=8000, help="problems to train on")
     parser.add_argument("--held_out", type=int, default=500, help="problems to evaluate on")
     parser.add_argument("--start_steps", type=int, default=300, help="supervised steps of the first model")

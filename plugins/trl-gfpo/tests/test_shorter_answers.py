@@ -87,6 +87,7 @@ def test_verdict_when_all_holds(script):
         {"gfpo_shortest": arm((10.0, 0.97), (13.5, 0.98))},  # not shorter on one seed, by more than the spread
         {"gfpo_shortest": arm((10.0, 0.94), (9.0, 0.95))},  # less accurate on both seeds
         {"gfpo_random": arm((12.0, 0.98), (13.5, 0.96))},  # a filter that knows nothing shortens too
+        {"gfpo_random": arm((14.5, 0.93), (13.5, 0.93))},  # ... or costs accuracy, which it cannot
     ],
 )
 def test_each_part_of_the_criterion_can_fail(script, changed):
