@@ -1,6 +1,7 @@
 """Does GFPO curb the growth of answers under GRPO, at equal accuracy? The paper's claim, on a toy, over several seeds.
 
-    OMP_NUM_THREADS=1 python plugins/trl-gfpo/examples/shorter_answers.py --report plugins/trl-gfpo/evidence/decaying_rate
+    export OMP_NUM_THREADS=1
+    python plugins/trl-gfpo/examples/shorter_answers.py --report plugins/trl-gfpo/evidence/decaying_rate
 
 The task: add six digits from 0 to 4, modulo 5. A small model may think aloud before it answers: `403112=422341#1` has
 the running totals, a marker, and the answer. With few totals it can only guess; with all six the answer is there to be
@@ -37,7 +38,7 @@ were too few for either, after 150 with 1e-4, 2e-4 and 4e-4 GRPO was right in 0.
 There are two reports. In the first (`--schedule constant`, seeds 0 to 2) the learning rate stayed as it was. Answers
 were shorter on every seed, but the accuracy of the last weights could not be compared: rewards still dropped from 0.99
 to 0.91 from one step to the next, and the control, then held to its length only, ended up to 0.065 below `grpo k`,
-further than any filter by length. The second, once and on new seeds (10 to 12), lets the learning rate fall to 0 over
+further than the filter by length. The second, once and on new seeds (10 to 12), lets the learning rate fall to 0 over
 the same steps and asks for the accuracy of the control too. Nothing else was changed.
 """
 
@@ -275,14 +276,14 @@ def report(found):
     lines = [
         "# Does GFPO curb the growth of answers?",
         "",
-        "Written by [shorter_answers.py](../../examples/shorter_answers.py), whose first lines say what the task is, what "
-        "is compared, and which criterion was fixed before these runs.",
+        "Written by [shorter_answers.py](../../examples/shorter_answers.py), whose first lines say what the task is, "
+        "what is compared, and which criterion was fixed before these runs.",
         "",
         f"Sums of {DIGITS} digits modulo {BASE}; {at['steps']} optimizer steps, each on a generation of "
         f"{at['prompts']} prompts; k = {at['num_remains_in_group']}, G = {at['num_generations']}; learning rate "
-        f"{at['learning_rate']}, {at['schedule']}; seeds {', '.join(map(str, at['seeds']))}. The first model has {at['parameters']:,} "
-        f"weights and {at['start_steps']} supervised steps behind it. {at['machine']}. {versions}. {at['date']}; "
-        f"{at['minutes']:.1f} minutes in all.",
+        f"{at['learning_rate']}, {at['schedule']}; seeds {', '.join(map(str, at['seeds']))}. The first model has "
+        f"{at['parameters']:,} weights and {at['start_steps']} supervised steps behind it. {at['machine']}. "
+        f"{versions}. {at['date']}; {at['minutes']:.1f} minutes in all.",
         "",
         f"Of the claim: {'reproduced' if found['verdict']['reproduced'] else 'not reproduced'}, by the criterion.",
         "",
