@@ -78,10 +78,10 @@ def criterion_conformance(candidate: Candidate) -> Finding:
         return Finding(name, f"a report of {report.when}", f"it is not about {candidate.qualified}: add a test of it")
     checks = sum(len(subject.checks) for subject in subjects)
     seconds = sum(subject.seconds for subject in subjects)
-    versions = ", ".join(
-        f"{of} {report.versions.get(of)}" for of in dict.fromkeys((candidate.project.name, CORE, "torch"))
-    )
-    evidence = f"{checks} checks, as {len(subjects)} test{'s' if len(subjects) > 1 else ''}, {seconds:.0f} s, {report.when}, {versions}"
+    named = dict.fromkeys((candidate.project.name, CORE, "torch"))
+    versions = ", ".join(f"{of} {report.versions.get(of)}" for of in named)
+    tests = "1 test" if len(subjects) == 1 else f"{len(subjects)} tests"
+    evidence = f"{checks} checks, as {tests}, {seconds:.0f} s, {report.when}, {versions}"
     red = _named({check: s.checks[check]["outcome"] for s in subjects for check in s.red})
     exempt = _named({check: why for s in subjects for check, why in s.exempt.items()})
     lacking = [c.__name__ for c in CHECKS if any(c.__name__ not in s.checks for s in subjects)]
