@@ -60,7 +60,7 @@ def walk(tmp_path_factory):
 
 def test_ten_commands_and_edits_lead_to_a_passing_plugin():
     steps = TEXT[: TEXT.index("## Other beginnings")]
-    assert re.findall(r"^\*\*(\d+)\. ", steps, flags=re.MULTILINE) == [str(number) for number in range(1, 11)]
+    assert re.findall(r"^\*\*Step (\d+)\. ", steps, flags=re.MULTILINE) == [str(number) for number in range(1, 11)]
     blocks = BLOCK.findall(steps)
     assert len(blocks) == 10
     assert all(len(content.splitlines()) == 1 for language, _, content in blocks if language == "sh")

@@ -339,7 +339,7 @@ def test_the_page_shows_the_ten_lines(tmp_path):
     names = {}
     exec(compile(first.replace('"gpt2"', repr(str(tmp_path))), str(PAGE), "exec"), names)
     check_example(names["train_stats"])
-    section = page.split("## Statistics\n")[1].split("\n## ")[0]
+    section = page.split("## Metrics\n")[1].split("\n## ")[0]
     listed = set(re.findall(r"`((?:objective|ppo|tokens|time)/[\w/]+)`", section))
     assert listed == set(names["train_stats"])
 
