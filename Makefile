@@ -39,7 +39,7 @@ test-fast: $(STAMP)  ## The same, the last failures first, and stop at the first
 	@$(MAKE) --no-print-directory test ARGS='--failed-first --exitfirst $(ARGS)'
 
 test-slow: $(STAMP)  ## Run only the slow tests.
-	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) || [ $$? = 5 ]  # 5: there is none
+	@$(TEST_ENV) $(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile $(ARGS) || [ $$? = 5 ]  # 5: there is none
 
 lint: $(STAMP)  ## Check style, format and types.
 	$(BIN)/ruff check .

@@ -205,17 +205,26 @@ ENTROPY = Subject("trl-core:grpo", {"entropy_coef": 0.01, "use_adaptive_entropy"
 PER_MICRO_BATCH = {"check_micro_batches_do_not_matter": "the entropy bonus is a mean over each micro-batch"}
 
 
-test_grpo_with_adaptive_entropy_conforms = conformance(ENTROPY, PER_MICRO_BATCH)
+test_grpo_with_adaptive_entropy_conforms = pytest.mark.slow(conformance(ENTROPY, PER_MICRO_BATCH))
 
 
-@pytest.mark.parametrize("base", SOUND)
+@pytest.mark.parametrize("base", ["grpo", *(pytest.param(base, marks=pytest.mark.slow) for base in ("dpo", "sft"))])
 def test_sound_plugin_passes_every_check(base, packages, tmp_path):
     found = outcomes(install(packages, f"sound_{base}", base=base), tmp_path)
     assert {name for name, error in found.items() if error is not None} == set()
 
 
+NAMES = [check.__name__ for check in CHECKS]
+
+
 # -- faults ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("fault", FAULTS)
+# With these nothing is trained, or not for long; the others take some ten seconds each.
+QUICK = {"check_trains", *(name for name in NAMES if NAMES.index(name) < NAMES.index("check_trains"))}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=[] if check in QUICK else pytest.mark.slow) for f, (check, *_) in FAULTS.items()]
+)
 def test_fault_fails_exactly_its_check(fault, packages, tmp_path, monkeypatch):
     check, *replaced = FAULTS[fault]
     monkeypatch.chdir(tmp_path)

@@ -67,12 +67,14 @@ def test_ten_commands_and_edits_lead_to_a_passing_plugin():
     assert blocks[-1][2] == "trl-core check .\n"
 
 
+@pytest.mark.slow  # the walk takes more than a minute
 def test_information_names_option_and_hook(walk):
     told = walk[0]["trl-core info brief"]
     assert "brief_limit" in told
     assert re.search(r"advantages +grpo provides, brief refines", told)
 
 
+@pytest.mark.slow  # the walk takes more than a minute
 def test_plugin_passes(walk):
     told, folder = walk
     assert " passed" in told["python -m pytest -q tests/test_brief.py"]
@@ -80,15 +82,18 @@ def test_plugin_passes(walk):
     assert (folder / "evidence" / "conformance.json").is_file()
 
 
+@pytest.mark.slow  # the walk takes more than a minute
 def test_example_trains(walk):
     assert len(re.findall(r"^step .* reward ", walk[0]["python examples/train.py --limit 6"], re.MULTILINE)) == 8
 
 
+@pytest.mark.slow  # the walk takes more than a minute
 def test_both_algorithms_compose(walk):
     assert "generations seen: 2" in walk[0]["python examples/compose.py"]
     assert re.search(r"advantages +grpo provides, ramp refines", walk[0]["trl-core info brief+ramp"])
 
 
+@pytest.mark.slow  # the walk takes more than a minute
 def test_workflow_of_the_plugin_would_pass(walk, tmp_path):
     for command in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
         run(sys.executable, "-m", "ruff", *command, ".", cwd=walk[1])

@@ -76,6 +76,7 @@ def check(project, environment, *arguments):
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow  # all of the kit
 def test_check_runs_a_projects_tests_and_leaves_a_report(tmp_path):
     project, environment = make_project(tmp_path)
     done = check(project, environment, "scaled")

@@ -35,8 +35,15 @@ def test_there_are_scripts_of_each_release():
     assert all("trl" in imports(path.read_text(encoding="utf-8")) for path in SCRIPTS)
 
 
+# One of each release in `make test`.
+QUICK = {"trl_0_7_ppo_loop", "trl_0_24_ppo", "trl_1_0_gfpo", "trl_1_16_dpo"}
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, id=s.stem, marks=[] if s.stem in QUICK else pytest.mark.slow) for s in SCRIPTS],
+)
 def test_rewritten_script_runs(script, model, tmp_path, monkeypatch, capsys):
     copy = tmp_path / script.name
     copy.write_bytes(script.read_bytes())

@@ -285,6 +285,7 @@ def own_tests(installed, shape, *options):
     return run(*command, cwd=folders[shape]).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_installed_plugin_passes_the_tests_of_its_formula(shape, installed):
     told = own_tests(installed, shape, "-m", "not conformance")

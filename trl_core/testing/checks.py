@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 import trl_core
 
 from ..batch import TokenRows
-from ..composition import Hooks, compose
+from ..composition import Hooks, compose, default_of
 from ..discovery import CORE, load, source_files
 from ..errors import ConformanceError
 from ..training.state import checkpoints, join_tensors, split_tensors
@@ -145,19 +145,15 @@ def check_options_are_new(subject: Subject, folder: Path) -> None:
 def check_options_can_be_written_down(subject: Subject, folder: Path) -> None:
     """Every option's value survives JSON, so that it can stand in a file and a checkpoint remembers it."""
     _first(check_options_are_new, subject, folder)
-    for name in (f.name for config in subject.own_configs for f in dataclasses.fields(config)):
-        value = subject.options.get(name, _default(subject.composition().config_class, name))
+    own = {f.name for config in subject.own_configs for f in dataclasses.fields(config)}
+    for f in (f for f in dataclasses.fields(subject.composition().config_class) if f.name in own):
+        value = subject.options.get(f.name, default_of(f))
         try:
             same = json.loads(json.dumps(value)) == value
         except (TypeError, ValueError):
             same = False
         mend = "Use numbers, text, lists or mappings; a function is an argument: Algorithm(arguments=...)."
-        require(same, f"The option {name!r} has the value {value!r}, which JSON cannot hold.", mend)
-
-
-def _default(config: Any, name: str) -> Any:
-    (f,) = (f for f in dataclasses.fields(config) if f.name == name)
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        require(same, f"The option {f.name!r} has the value {value!r}, which JSON cannot hold.", mend)
 
 
 # -- what it computes -------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """GFPO keeps what every algorithm must: the conformance kit, as any plugin would run it."""
 
+import pytest
+
 from trl_core.testing import Subject, conformance
 
 GFPO = Subject(
@@ -23,5 +25,5 @@ AS_IN_THE_PAPER = Subject(
 
 
 test_conformance = conformance(GFPO)
-test_conformance_with_adaptive_difficulty = conformance(ADAPTIVE)
-test_conformance_with_the_papers_options = conformance(AS_IN_THE_PAPER)
+test_conformance_with_adaptive_difficulty = pytest.mark.slow(conformance(ADAPTIVE))
+test_conformance_with_the_papers_options = pytest.mark.slow(conformance(AS_IN_THE_PAPER))

@@ -1,5 +1,7 @@
 """GSPO and GSPO-token keep what every algorithm must: the conformance kit, as any plugin would run it."""
 
+import pytest
+
 from trl_core.testing import Subject, conformance
 
 AS_GRPO = {"importance_sampling_level": "token", "loss_type": "dapo", "epsilon": 0.2, "epsilon_high": None}
@@ -26,4 +28,4 @@ WITH_FUNCTION = Subject(
 
 test_conformance_of_gspo = conformance(GSPO)
 test_conformance_of_gspo_token = conformance(GSPO_TOKEN)
-test_conformance_with_an_advantage_function = conformance(WITH_FUNCTION)
+test_conformance_with_an_advantage_function = pytest.mark.slow(conformance(WITH_FUNCTION))

@@ -30,7 +30,7 @@ def critic():
 
 
 test_conformance_with_a_head = conformance(HEAD, EXEMPT)
-test_conformance_with_a_network = conformance(NETWORK, EXEMPT)
+test_conformance_with_a_network = pytest.mark.slow(conformance(NETWORK, EXEMPT))
 
 
 @pytest.mark.parametrize(

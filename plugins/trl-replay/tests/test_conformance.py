@@ -15,7 +15,7 @@ EARLIER_ONLY = Subject(
 
 
 test_conformance = conformance(REPLAY)
-test_conformance_of_earlier_groups_only = conformance(EARLIER_ONLY)
+test_conformance_of_earlier_groups_only = pytest.mark.slow(conformance(EARLIER_ONLY))
 
 
 @pytest.mark.parametrize("subject", [REPLAY, EARLIER_ONLY], ids=["all", "earlier only"])
