@@ -177,8 +177,8 @@ test_dpo_conforms = conformance(DPO)
 test_grpo_conforms = conformance(
     Subject("trl-core:grpo", {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2})
 )
-test_reward_conforms = conformance(Subject("trl-core:reward", {"center_rewards_coefficient": 0.01}))
-test_sft_conforms = conformance(Subject("trl-core:sft"))
+test_reward_conforms = pytest.mark.slow(conformance(Subject("trl-core:reward", {"center_rewards_coefficient": 0.01})))
+test_sft_conforms = pytest.mark.slow(conformance(Subject("trl-core:sft")))
 
 
 def test_reference_that_is_let_go_conforms(tmp_path):

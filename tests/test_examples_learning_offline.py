@@ -62,6 +62,7 @@ def test_verdict_wants_a_rise_and_a_lead_beyond_the_spread(script):
     assert not script.verdict(runs((0.85, 0.9), (0.85, 0.8)), control)["held"]
 
 
+@pytest.mark.slow
 def test_run_writes_its_report(script, tmp_path):
     sizes = {"seeds": 0, "steps": 2, "rows": 8, "problems": 200, "held_out": 20, "start_steps": 5}
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]

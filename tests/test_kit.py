@@ -117,6 +117,7 @@ def test_check_fails_with_the_mend_where_a_check_does(tmp_path):
     assert subject.checks["check_neutral_setting_equals_base"]["outcome"] == "failed"
 
 
+@pytest.mark.slow
 def test_check_of_an_algorithm_without_its_folder_takes_options(tmp_path):
     project, environment = make_project(tmp_path)
     for file in tmp_path.glob("site/*/direct_url.json"):
@@ -183,6 +184,7 @@ def test_pytest_loads_the_plugin_without_torch_and_without_fixtures(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_report_is_the_same_with_workers(tmp_path):
     pytest.importorskip("xdist")
     project, environment = make_project(tmp_path)

@@ -258,6 +258,7 @@ def installed(tmp_path_factory):
     return environment, folders
 
 
+@pytest.mark.slow
 def test_installed_plugins_are_listed(installed, tmp_path):
     environment, _ = installed
     listed = json.loads(run(environment / "bin" / "trl-core", "list", "--json", cwd=tmp_path).stdout)
@@ -268,6 +269,7 @@ def test_installed_plugins_are_listed(installed, tmp_path):
         assert told == expected
 
 
+@pytest.mark.slow
 def test_examples_of_installed_plugins_train(installed, tmp_path):
     environment, folders = installed
     (tmp_path / "run.py").write_text(RUN_EXAMPLES, encoding="utf-8")
