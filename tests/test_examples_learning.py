@@ -1,14 +1,12 @@
 """`examples/learning`: its parts, and a very small run of everything it does."""
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 
-import datasets
 import pytest
-import transformers
+
+from .helpers_examples import loaded
 
 pytest.importorskip("matplotlib", reason="the picture needs the extra 'demo'")
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "learning"
@@ -17,17 +15,8 @@ GENERATIONS = 2
 
 @pytest.fixture(scope="module")
 def script():
-    path, verbosity = list(sys.path), transformers.logging.get_verbosity()
-    try:
-        spec = importlib.util.spec_from_file_location("examples_learning_run", FOLDER / "run.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with loaded(FOLDER / "run.py") as module:
         yield module
-    finally:
-        sys.path[:] = path
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-        datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")

@@ -1,31 +1,20 @@
 """`examples/learning/offline.py`: its data, its verdict on numbers made by hand, and a very small run of everything."""
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 
-import datasets
 import pytest
-import transformers
+
+from .helpers_examples import loaded
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "learning"
 
 
 @pytest.fixture(scope="module")
 def script():
-    path, verbosity = list(sys.path), transformers.logging.get_verbosity()
-    try:
-        spec = importlib.util.spec_from_file_location("examples_learning_offline", FOLDER / "offline.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with loaded(FOLDER / "offline.py") as module:
         yield module
-    finally:
-        sys.path[:] = path
-        transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
-        datasets.enable_progress_bars()
 
 
 def runs(*figures):
