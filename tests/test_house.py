@@ -36,11 +36,13 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 _CONTRACT = {"errors", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "composition"}
-_AUTHORS = {"project", "scaffold", "migration", "contract", "promotion"}
+_AUTHORS = {"files", "markdown", "project", "scaffold", "migration", "contract", "promotion"}
 TOOLS = _AUTHORS | {"cli", "testing", "pytest_plugin"}
 MAY_IMPORT = {
     "errors": set(),
     "processes": set(),
+    "files": set(),
+    "markdown": set(),
     "algorithm": set(),
     "options": {"errors"},
     "stability": {"errors", "algorithm"},
@@ -58,9 +60,9 @@ MAY_IMPORT = {
     "testing": _COMPOSED | {"trl_core", "data", "training"},
     # For authors and for those who come from TRL; no run imports them.
     "scaffold": {"errors"},
-    "migration": {"errors"},
+    "migration": {"errors", "files", "markdown"},
     "contract": _COMPOSED | {"project", "trl_core"},
-    "promotion": _COMPOSED | {"project", "contract", "testing"},
+    "promotion": _COMPOSED | {"project", "contract", "testing", "markdown"},
     "cli": _COMPOSED | {"trl_core", "data", "training", "testing", *_AUTHORS},
 }
 

@@ -75,12 +75,13 @@ def signature(function: Callable[..., object]) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A table; what looks like HTML outside of code is shown as it is."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    from trl_core.markdown import table as joined
+
+    return joined(header, [[_cell(text) for text in row] for row in rows])
 
 
 def _cell(text: str) -> str:
-    parts = re.split("(`[^`]+`)", text.replace("|", "\\|"))
+    parts = re.split("(`[^`]+`)", text)
     return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in parts)
 
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 from pathlib import Path
 
+from ..files import replace_text
 from ..promotion import moves
 from ..stability import Stability
 from .promote import add_target, candidate_of
@@ -39,6 +40,6 @@ def show_or_write(file: Path, text: str, apply: bool) -> None:
     lines = difflib.unified_diff(old.splitlines(), text.splitlines(), str(file), str(file), lineterm="", n=1)
     print("\n".join(lines))
     if apply:
-        moves.write(file, text)
+        replace_text(file, text)
     else:
         print("Nothing was written; --apply does.")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..discovery import AlgorithmInfo, list_algorithms, unknown_groups
+from ..markdown import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 def as_markdown(infos: Iterable[AlgorithmInfo]) -> str:
     """A Markdown table of algorithms; without versions, so that a page does not change with every release."""
-    rows = [["name", "tag", "distribution", "extends", "summary"], ["---"] * 5]
-    rows += [[i.name, i.stability.value, i.distribution, i.extends or "", i.summary or ""] for i in infos]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    rows = [[i.name, i.stability.value, i.distribution, i.extends or "", i.summary or ""] for i in infos]
+    return table(["name", "tag", "distribution", "extends", "summary"], rows)
 
 
 def _print_table(usable: list[AlgorithmInfo], broken: list[AlgorithmInfo]) -> None:

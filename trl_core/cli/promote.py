@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 from ..errors import PromotionError
+from ..files import replace_text
 from ..project import check_installed, find_project
 from ..promotion import moves, stabilisation
 from ..promotion.criteria import Candidate, Finding, findings, verdict
@@ -85,6 +86,6 @@ def _apply(candidate: Candidate, now: Stability, found: list[Finding]) -> None:
             mend="Supply the evidence. No criterion can be waived.",
         )
     project = candidate.project
-    moves.write(project.file, moves.moved(project, candidate.name, Stability.STABLE))
+    replace_text(project.file, moves.moved(project, candidate.name, Stability.STABLE))
     print(f"{candidate.qualified} is stable now. What is left to do, so that metadata and contract say so too:")
     print(f"  pip install -e {project.folder}\n  trl-core api record {project.folder}")

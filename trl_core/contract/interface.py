@@ -14,14 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import ContractError, ProjectError
+from ..errors import ContractError
+from ..project import needed
 
-try:
-    import griffe
-except ModuleNotFoundError as error:  # pragma: no cover - with the extra it is there
-    raise ProjectError(
-        "Reading a public interface needs griffe, which is not installed.", mend="pip install 'trl-core[authors]'"
-    ) from error
+needed("griffe")
+import griffe  # noqa: E402  after the error that names the extra
 
 _MARK = "@deprecated("
 _UNPROMISED = {"__post_init__", "__reduce__", "__repr__", "__str__"}

@@ -26,7 +26,6 @@ from ..discovery import AlgorithmInfo, core_version
 from ..errors import ContractError, ProjectError
 from ..hookspecs import HookSpecs, hook_kinds
 from ..project import Project, is_core
-from ..stability import Stability
 from .compare import Change, additions, changes, deprecations, notices
 
 Record = dict[str, Any]
@@ -53,10 +52,7 @@ def record(project: Project) -> Record:
     if not project.algorithms:
         raise ProjectError(f"{project.file} registers no algorithm.", mend="Record a distribution that has one.")
     with _importable(project.folder):
-        algorithms = {
-            name: _algorithm(project, name, tag, _load(project, value))
-            for name, (tag, value) in sorted(project.algorithms.items())
-        }
+        algorithms = {name: _algorithm(project, name) for name in sorted(project.algorithms)}
         tops = {value.partition(":")[0].partition(".")[0] for _, value in project.algorithms.values()}
         api: dict[str, list[str]] = {}
         for top in sorted(tops):
@@ -114,7 +110,9 @@ def _version(project: Project) -> Version:
         ) from None
 
 
-def _algorithm(project: Project, name: str, tag: Stability, algorithm: Algorithm) -> Record:
+def _algorithm(project: Project, name: str) -> Record:
+    tag, value = project.algorithm(name)
+    algorithm = _load(project, value)
     info = AlgorithmInfo(name, tag, project.name, project.version, "")
     named = Composition(name, (Part(info, algorithm),))
     return {
@@ -286,8 +284,8 @@ def minors_unchanged(project: Project, algorithm: str) -> tuple[int, str | None]
         AlgorithmNotFoundError: the project registers no such algorithm.
         ContractError, ProjectError: see `record` and `records`.
     """
-    project.algorithm(algorithm)
-    options = record(project)["algorithms"][algorithm]["options"]
+    with _importable(project.folder):
+        options = json.loads(json.dumps(_algorithm(project, algorithm)["options"]))
     minors, since = set(), None
     for kept in reversed([each for each in records(project) if each["released"]]):
         if kept["algorithms"].get(algorithm, {}).get("options") != options:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import io
 import json
 import os
 import re
-import shutil
-import tempfile
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_text
 from .rewrite import Finding, Rewritten, rewrite
 
 _NOT_LOOKED_INTO = {"site-packages", "node_modules", "__pycache__", "venv", "env", "build", "dist"}
@@ -98,19 +96,7 @@ def write(outcome: Outcome) -> None:
     Raises:
         OSError: it cannot be written; the file is then as it was.
     """
-    target = outcome.file.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(handle, "w", encoding=outcome.encoding, newline="") as stream:
-            stream.write(outcome.after)
-            stream.flush()
-            os.fsync(stream.fileno())
-        shutil.copymode(target, name)
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    replace_text(outcome.file, outcome.after, outcome.encoding)
 
 
 def _take(outcome: Outcome, rewritten: Rewritten) -> str:

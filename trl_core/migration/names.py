@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import markdown
+
 
 def words(text: str) -> frozenset[str]:
     """The words of a text: a list of names that stays readable."""
@@ -425,7 +427,7 @@ def look_up(qualified: str, ppo: str | None = None) -> Home | Homeless:
 
 def table() -> str:
     """The homes as a Markdown table, for docs/migration.md."""
-    rows = [["TRL", "here", "install"], ["---"] * 3]
+    rows = []
     for old, new, names in HOMES:
         pairs = [entry.partition("=") for entry in names.split()]
         theirs = ", ".join(f"`{name}`" for name, _, _ in pairs)
@@ -433,15 +435,10 @@ def table() -> str:
         rows.append([f"`{old}`: {theirs}", ours, f"`{Home(new, '').distribution}`"])
     rows.append(["`trl`: `PPOConfig`, `PPOTrainer` up to 0.11 (`.step`)", "`trl_ppo.classic`", "`trl-ppo`"])
     rows.append(["`trl`: `PPOConfig`, `PPOTrainer` from 0.12 (`.train`)", "`trl_ppo`", "`trl-ppo`"])
-    return _markdown(rows)
+    return markdown.table(["TRL", "here", "install"], rows)
 
 
 def table_of_homeless() -> str:
     """The names without a home as a Markdown table: what, why, and what to do instead."""
-    rows = [["TRL", "why it is not here", "instead"], ["---"] * 3]
-    rows += [[", ".join(f"`{name}`" for name in names.split()), why, instead] for why, instead, names in HOMELESS]
-    return _markdown(rows)
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    rows = [[", ".join(f"`{name}`" for name in names.split()), why, instead] for why, instead, names in HOMELESS]
+    return markdown.table(["TRL", "why it is not here", "instead"], rows)

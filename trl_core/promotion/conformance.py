@@ -65,10 +65,11 @@ def write(entries: Iterable[dict[str, Any]], file: Path) -> None:
     subjects: dict[str, dict[str, Any]] = {}
     for entry in entries:
         described, test = entry["subject"], entry["test"]
-        names = {find(name).qualified: find(name).value for name in described["name"].split("+")}
-        sources = {name: fingerprint(value) for name, value in names.items()}
-        subject = subjects.setdefault(test, {"test": test, **described, "sources": sources, "checks": {}})
-        subject["checks"][entry["check"]] = {key: entry[key] for key in ("outcome", "seconds", "says", "what")}
+        if test not in subjects:
+            infos = [find(name) for name in described["name"].split("+")]
+            sources = {info.qualified: fingerprint(info.value) for info in infos}
+            subjects[test] = {"test": test, **described, "sources": sources, "checks": {}}
+        subjects[test]["checks"][entry["check"]] = {key: entry[key] for key in ("outcome", "seconds", "says", "what")}
     distributions = {name for subject in subjects.values() for name in subject["distributions"]}
     record = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..composition import Composition, compose
 from ..discovery import CORE, list_algorithms
@@ -126,9 +127,7 @@ def criterion_composition(candidate: Candidate) -> Finding:
     """It is known what it composes with: the README's row names every algorithm of the same base."""
     row = composition_row(candidate)
     shown = "; ".join(f"{name}: {'no, ' + why if why else 'yes'}" for name, why in row.items())
-    text = sections(candidate.project.folder / "README.md").get("Composition", "")
-    if is_core(candidate.project):  # its README is about all of them, so theirs is a page
-        text = _page(candidate, "composition.md")
+    text = sections(_readme(candidate)).get("Composition", "")
     unnamed = [name for name in row if not re.search(rf"\b{re.escape(name)}\b", text)]
     missing = f"the section Composition of the README does not name {', '.join(unnamed)}" if unnamed else None
     return Finding("composition", shown or "nothing else has its base", missing)
@@ -162,9 +161,7 @@ def refusal(name: str) -> str | None:
 
 def criterion_readme(candidate: Candidate) -> Finding:
     """The README says how to install it, has an example that can be run, names every option and what composes."""
-    readme, options = candidate.project.folder / "README.md", _own_options(candidate)
-    if is_core(candidate.project):  # one page for each of its algorithms
-        readme = candidate.project.folder / "docs" / "algorithms" / f"{candidate.name}.md"
+    readme, options = _readme(candidate), _own_options(candidate)
     found = sections(readme)
     needed = README[1:] if is_core(candidate.project) else README
     evidence = f"{readme.relative_to(candidate.project.folder)}: {len(found)} sections, {len(options)} options"
@@ -176,6 +173,12 @@ def criterion_readme(candidate: Candidate) -> Finding:
     text = readme.read_text(encoding="utf-8")
     unnamed = [name for name in options if not re.search(rf"`{re.escape(name)}\b", text)]
     return Finding("readme", evidence, f"options it does not name: {', '.join(unnamed)}" if unnamed else None)
+
+
+def _readme(candidate: Candidate) -> Path:
+    """What says how to use it; the core's README is about all of its algorithms, which have a page each."""
+    page = Path("docs", "algorithms", f"{candidate.name}.md") if is_core(candidate.project) else Path("README.md")
+    return candidate.project.folder / page
 
 
 def _own_options(candidate: Candidate) -> list[str]:
@@ -221,8 +224,3 @@ def verdict(found: list[Finding]) -> str:
 
 def _releases(count: int) -> str:
     return f"{count} release{'s' if count != 1 else ''}"
-
-
-def _page(candidate: Candidate, name: str) -> str:
-    page = candidate.project.folder / "docs" / name
-    return page.read_text(encoding="utf-8") if page.is_file() else ""

@@ -47,14 +47,6 @@ def moved(project: Project, name: str, to: Stability) -> str:
     return str(tomlkit.dumps(document))
 
 
-def write(file: Path, text: str) -> None:
-    """Put a text in place of a file's, all at once."""
-    other = file.with_name(f".{file.name}.new")
-    other.write_text(text, encoding="utf-8")
-    other.chmod(file.stat().st_mode)
-    other.replace(file)
-
-
 def check_removal(project: Project, stability: Stability, removal: str) -> None:
     """That a removal is announced in time.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from ..markdown import table
 from .criteria import CRITERIA, Candidate, Finding, verdict
 from .documents import EVIDENCE, sections
 
@@ -24,16 +26,16 @@ def text_of(candidate: Candidate, found: list[Finding]) -> str:
         "",
         f"**{verdict(found).capitalize()}.**",
         "",
-        "| criterion | what it asks | met | evidence | missing |",
-        "| --- | --- | --- | --- | --- |",
+        table(["criterion", "what it asks", "met", "evidence", "missing"], map(_row, CRITERIA, found)),
     ]
-    for criterion, finding in zip(CRITERIA, found, strict=True):
-        asks = (criterion.__doc__ or "").partition("\n")[0]
-        cells = [finding.criterion, asks, "yes" if finding.met else "no", finding.evidence, finding.missing or ""]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     limits = sections(project.folder / EVIDENCE).get("Not shown", "Nothing is said about it.")
     promise = (
         "From the promotion on its options, its trainer's arguments and its public names change only after a "
         "deprecation, which names the version of the removal and what to use instead."
     )
     return "\n".join([*lines, "", "## What is promised", "", promise, "", "## What is not shown", "", limits, ""])
+
+
+def _row(criterion: Callable[[Candidate], Finding], finding: Finding) -> list[str]:
+    asks = (criterion.__doc__ or "").partition("\n")[0]
+    return [finding.criterion, asks, "yes" if finding.met else "no", finding.evidence, finding.missing or ""]
