@@ -11,16 +11,42 @@ if TYPE_CHECKING:
     from .stability import Deprecation
 
 
-def option(default: Any, text: str, *, resume: bool = True, deprecated: Deprecation | None = None) -> Any:
-    """A dataclass field with its help text.
+def option(
+    default: Any,
+    text: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    secret: bool = False,
+    resume: bool = True,
+    deprecated: Deprecation | None = None,
+) -> Any:
+    """A dataclass field with its help text and the values it takes.
 
     Args:
         default: the default value.
         text: shown by `trl-core info` and `trl-core train --help`.
+        ge: the least value.
+        gt: the value must be above this one.
+        le: the greatest value.
+        lt: the value must be below this one.
+        choices: the only values there are.
+        secret: True if the value is never written to a file or shown (a password, the token of a service).
         resume: False if a run may be resumed with another value, because the option does not shape the mathematics.
         deprecated: when the option goes. Giving it a value other than its default then warns.
     """
-    return field(default=default, metadata={"help": text, "resume": resume, "deprecated": deprecated})
+    metadata = {
+        "help": text,
+        "range": {"ge": ge, "gt": gt, "le": le, "lt": lt},
+        "choices": choices,
+        "secret": secret,
+        "resume": resume,
+        "deprecated": deprecated,
+    }
+    return field(default=default, metadata=metadata)
 
 
 def require(condition: bool, what: str, mend: str) -> None:

@@ -173,27 +173,30 @@ class CheckpointedTrainer(Trainer):
         """
         self._resume = self._saved_step = None
         self.metrics = Metrics()
-        if resume_from_checkpoint:
-            folder = self._find_checkpoint(resume_from_checkpoint)
-            record = read_manifest(folder)
-            if record.get("save_only_model"):
-                raise CheckpointError(
-                    f"{folder.name} holds no optimizer state: it was written with save_only_model=True.",
-                    mend="Start a new run from its weights: pass the folder as `model`.",
-                )
-            difference = check_origin(record, self.composition.provenance(), self.resume_options())
-            if difference and self.args.resume_check == "strict":
-                raise CheckpointError(
-                    f"{folder.name} was written with other options ({difference}).",
-                    mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
-                )
-            if difference:
-                logger.warning("Resuming %s with other options: %s.", folder.name, difference)
-            self._resume = (str(folder), record)
-            resume_from_checkpoint = str(folder)
-            if folder.resolve().parent == Path(self.args.output_dir).resolve():
-                self._saved_step = int(folder.name.rpartition("-")[2])
-        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        folder = self._take_up(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(folder, trial, ignore_keys_for_eval)
+
+    def _take_up(self, given: str | bool) -> str:
+        """Check the checkpoint that is to be resumed, and note it for when the loop is prepared; returns its folder."""
+        folder = self._find_checkpoint(given)
+        record = read_manifest(folder)
+        if record.get("save_only_model"):
+            raise CheckpointError(
+                f"{folder.name} holds no optimizer state: it was written with save_only_model=True.",
+                mend="Start a new run from its weights: pass the folder as `model`.",
+            )
+        difference = check_origin(record, self.composition.provenance(), self.resume_options())
+        if difference and self.args.resume_check == "strict":
+            raise CheckpointError(
+                f"{folder.name} was written with other options ({difference}).",
+                mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
+            )
+        if difference:
+            logger.warning("Resuming %s with other options: %s.", folder.name, difference)
+        self._resume = (str(folder), record)
+        if folder.resolve().parent == Path(self.args.output_dir).resolve():
+            self._saved_step = int(folder.name.rpartition("-")[2])
+        return str(folder)
 
     def _find_checkpoint(self, given: str | bool) -> Path:
         if given is not True:
