@@ -12,6 +12,7 @@ from typing import Any
 import importlib_metadata
 from packaging.version import Version
 
+from .. import install
 from ..discovery import CORE, AlgorithmInfo, core_version, find, list_algorithms
 from ..errors import CompositionError
 from ..options import require
