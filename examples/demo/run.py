@@ -1,6 +1,6 @@
 """The demo: GFPO on a small chat model and sums that can be checked, on a CPU in minutes.
 
-    python examples/demo/run.py [--model FOLDER_OR_HUB_ID] [--task sums] [--seed 0] [--steps 40]
+    python examples/demo/run.py [--model FOLDER_OR_HUB_ID] [--task sums] [--seed 0] [--steps 30]
 
 Uses the public API only. Leaves in the run folder: the last checkpoint, the trained model, `metrics.jsonl`,
 `completions/*.parquet`, `curves.png`, `before_after.json` and `summary.json`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import time
 from functools import partial, update_wrapper
@@ -22,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib
 import torch
-from model import REPOSITORY, resolve_model
+from model import REPOSITORY, MissingWeightsError, resolve_model
 from rich.console import Console
 from rich.table import Table
-from task import DEFAULT_TASK, Task, correct, find_task, make_datasets
+from task import DEFAULT_TASK, MissingTaskError, Task, correct, find_task, make_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -44,13 +45,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="'smollm2', a folder, or a Hub id")
     parser.add_argument("--task", default=DEFAULT_TASK, help="which problems: 'sums', or a data set of reasoning-gym")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
     parser.add_argument("--prompts", type=int, default=4, help="problems per step")
     parser.add_argument("--num_generations", type=int, default=8, help="completions per problem")
     parser.add_argument("--keep", type=int, default=4, help="completions of each group that are trained on")
     parser.add_argument("--filter", default="shortest", choices=("shortest", "token_efficiency"))
-    parser.add_argument("--learning_rate", type=float, default=2e-5)
-    parser.add_argument("--eval_size", type=int, default=40, help="held-out problems")
+    parser.add_argument("--learning_rate", type=float, default=3e-5)
+    parser.add_argument("--eval_size", type=int, default=48, help="held-out problems")
     parser.add_argument("--output", help="run folder; default runs/demo-<task>-seed<seed>")
     return parser.parse_args()
 
@@ -91,7 +92,7 @@ def configure(options: argparse.Namespace, task: Task, folder: Path) -> GFPOConf
         max_completion_length=task.max_new_tokens,
         max_steps=options.steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
         weight_decay=0.0,
         gradient_checkpointing=False,
         seed=options.seed,
@@ -144,12 +145,13 @@ def show(rows: Any, task: Task, before: dict[str, Any], after: dict[str, Any], c
 def main() -> None:
     """Prepare, evaluate, train, evaluate, report."""
     options = parse()
+    task = find_task(options.task)
     folder = Path(options.output or REPOSITORY / "runs" / f"demo-{options.task}-seed{options.seed}")
+    if not options.output:  # what an earlier demo left
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
     started = time.perf_counter()
     console.rule("preparing")
-    task = find_task(options.task)
     source = resolve_model(options.model)
     console.print(f"model {options.model}; task {options.task}; seed {options.seed}; {torch.get_num_threads()} threads")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -210,4 +212,7 @@ class QuietProgress(ProgressCallback):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (MissingTaskError, MissingWeightsError) as error:
+        sys.exit(f"{error}")

@@ -139,8 +139,8 @@ def make_datasets(
     """Return a training set and a held-out set that share no problem.
 
     The held-out set depends on `eval_seed` alone, so runs with different seeds are evaluated on the same problems. It
-    holds no problem twice. The training set is drawn with `seed` and may repeat a problem (there are only some 130
-    such sums), but never one of the held-out problems, also not with its terms swapped.
+    holds no problem twice. The training set is drawn with `seed` and may repeat a problem (there are only some
+    130 such sums), but never one of the held-out problems, also not with its terms swapped.
     """
     held_out: dict[str, dict[str, Any]] = {}
     for entry in task.problems(eval_seed, 20 * eval_size):
