@@ -206,12 +206,11 @@ def _code_of(function: FunctionType, seen: set[int]) -> Any:
     modules = [value for value in around.values() if isinstance(value, ModuleType)]
     for module in [value for value in modules if _is_own(getattr(value, "__file__", None) or "<frozen")]:
         around |= {name: vars(module)[name] for part in _codes(code) for name in part.co_names if name in vars(module)}
-    return [
-        _instructions(code, function.__doc__),
-        [_used("", value, seen) for value in function.__defaults__ or ()],
-        {name: _used(name, value, seen) for name, value in (function.__kwdefaults__ or {}).items()},
-        {name: _used(name, value, seen) for name, value in sorted(around.items()) if name not in changes},
-    ]
+    defaults = function.__defaults__ or ()
+    last = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    around |= dict(zip(last, defaults, strict=True)) | (function.__kwdefaults__ or {})
+    used = {name: _used(name, value, seen) for name, value in sorted(around.items()) if name not in changes}
+    return [_instructions(code, function.__doc__), used]
 
 
 _STORES = ("STORE_GLOBAL", "STORE_DEREF", "DELETE_GLOBAL")
@@ -288,7 +287,8 @@ def _methods(kind: type) -> Iterator[FunctionType]:
 
 
 def _partial(value: functools.partial[Any]) -> dict[str, Any]:
-    return {"function": described(value.func), "arguments": described(value.args), **described(value.keywords)}
+    arguments = {"arguments": _hash([described(value.args)])} if value.args else {}  # whose names are not known
+    return {"function": described(value.func), **arguments, **described(value.keywords)}
 
 
 def _method(value: MethodType) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import CheckpointError, TRLCoreError
@@ -112,7 +113,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         CheckpointError: the folder is missing, was not finished, or is damaged, or a later version wrote it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # asks nothing of names that no file can have
         raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.", mend=_MEND)
     try:
         if not (folder / STATE_FILE).is_file():
@@ -121,7 +122,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         number = record.get("format", 1) if isinstance(record, dict) else 1
         later = type(number) is int and number > FORMAT
         files = {} if later else _files_of(record)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"The checkpoint {folder.name!r} is not complete or not from trl-core: {STATE_FILE} is missing or damaged.",
             mend=_MEND,
@@ -134,7 +135,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         )
     for name, size in files.items():
         path = folder / name
-        actual = path.stat().st_size if path.is_file() else None
+        actual = path.stat().st_size if os.path.isfile(path) else None
         if actual != size:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise CheckpointError(f"{name} of {folder.name!r} {found}; expected {size} bytes.", mend=_MEND)
@@ -196,7 +197,7 @@ def step_of(folder: Path, record: dict[str, Any]) -> int:
     """The optimizer steps done when the checkpoint was written, whatever the name of its folder says now."""
     if "step" not in record:
         with loading(folder, TRAINER_STATE_NAME):
-            return int(json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"])
+            return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
     return int(record["step"])
 
 
