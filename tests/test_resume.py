@@ -163,8 +163,11 @@ def test_resume_from_every_step_equals_the_uninterrupted_run(name, tmp_path):
 def test_resumed_adapter_reference_is_the_initial_adapter(tmp_path):
     options = {"beta": 0.1, "steps_per_generation": 2}
     make_trainer(tmp_path, trainer={"model": adapted_model}, max_steps=2, **options).train()
-    # Weights of another adapter, as if the user had loaded something else: the checkpoint's count.
-    trainer = make_trainer(tmp_path, trainer={"model": lambda: adapted_model(seed=5)}, max_steps=3, **options)
+    # Weights of another adapter on the same model, as if the user had loaded something else: the checkpoint's count.
+    other = adapted_model()
+    with torch.no_grad():
+        [parameter.fill_(0.3) for name, parameter in other.named_parameters() if "lora_" in name]
+    trainer = make_trainer(tmp_path, trainer={"model": lambda: other}, max_steps=3, **options)
     trainer.train(resume_from_checkpoint=True)
     weights = trainer.model.state_dict()
     initial = {name: value for name, value in adapted_model().state_dict().items() if "lora" in name}

@@ -36,7 +36,7 @@ DEPRECATED_LOSSES = {"aot_pair": "aot_unpaired"}
 class DPOConfig(ReferenceOptions, PairConfig):
     """Options of DPO; names and defaults are TRL's."""
 
-    learning_rate: float = option(1e-6, "Initial learning rate.", resume=False)
+    learning_rate: float = option(1e-6, "Initial learning rate.")
     disable_dropout: bool = option(True, "Set every dropout probability to 0, in the policy and the reference.")
     beta: float = option(0.1, "How closely the policy is held to the reference; for ipo the paper's tau.")
     loss_type: list[str] | str = field(

@@ -39,7 +39,7 @@ SAMPLER_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_
 class GRPOConfig(ReferenceOptions, OnlineConfig):
     """Options of GRPO; names and defaults are TRL's."""
 
-    learning_rate: float = option(1e-6, "Initial learning rate.", resume=False)
+    learning_rate: float = option(1e-6, "Initial learning rate.")
     beta: float = option(0.0, "Weight of the KL term; 0 loads no reference model.")
     use_bias_correction_kl: bool = option(
         True, "Multiply the KL estimate by the ratio (DeepSeek-V3.2); TRL up to 1.10 did not."

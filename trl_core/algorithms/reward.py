@@ -18,7 +18,7 @@ from ..training.config import OfflineConfig
 class RewardConfig(OfflineConfig):
     """Options of reward modelling; names and defaults are TRL's."""
 
-    learning_rate: float = option(1e-4, "Initial learning rate.", resume=False)
+    learning_rate: float = option(1e-4, "Initial learning rate.")
     max_length: int | None = option(1024, "Rows with more tokens are left out; cutting would remove the scored place.")
     disable_dropout: bool = option(True, "Set every dropout probability to 0.")
     center_rewards_coefficient: float | None = option(

@@ -24,7 +24,7 @@ ALIASES = {"chunked_nll": "nll"}
 class SFTConfig(OfflineConfig):
     """Options of SFT; names and defaults are TRL's."""
 
-    learning_rate: float = option(2e-5, "Initial learning rate.", resume=False)
+    learning_rate: float = option(2e-5, "Initial learning rate.")
     loss_type: str = option("nll", "'nll', or 'dft': each token weighted by its own probability.")
     completion_only_loss: bool | None = option(
         None, "Learn only the completion; default: where rows have a prompt and a completion."

@@ -139,6 +139,7 @@ class CoreTrainer(CheckpointedTrainer):
         check_output_dir(args.output_dir)
         self._check_reference(args, ref_model, adapter=peft_config is not None)
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
+        self.note_inputs(train_dataset=train_dataset, arguments=self.context.arguments, optimizers=optimizers)
 
         set_seed(args.seed)
         policy = self._load_model(model, args)
@@ -148,9 +149,12 @@ class CoreTrainer(CheckpointedTrainer):
         self.terminators = self.find_terminators(tokenizer, policy, args)
         self.pad_token_id: int = tokenizer.pad_token_id
         policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
+        self.note_adapter(policy)
         if args.disable_dropout:
             disable_dropout(policy)
         self.reference = self._make_reference(policy, args, new_adapter=peft_config is not None, given=ref_model)
+        given = None if ref_model is None or self.reference is None else self.reference.module
+        self.note_inputs(processing_class=tokenizer, ref_model=given)
         self.extra_models = self._make_extra_models(policy, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, tokenizer, args)
 

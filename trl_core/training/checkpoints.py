@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy
 import torch
+from accelerate.utils import broadcast_object_list, set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput, has_length
 
 from ..composition import Composition, Hooks
 from ..discovery import core_version
 from ..errors import CheckpointError, OutputDirError
+from ..models.loading import is_peft
 from ..models.reference import ReferenceModel
+from .fingerprint import adapter, configuration, description, weights_of
 from .folder import RunFolder, on_main, write_run
 from .metrics import Metrics
+from .origin import (
+    PYTHON,
+    REFUSED,
+    check_composition,
+    check_weights,
+    compare,
+    compared_options,
+    converted_weights,
+    policy_weights,
+)
+from .schedule import depends_on_length, load_with_new_values, optimizer_class
 from .state import (
     PARTIAL,
     STATE_FILE,
     all_checkpoints,
-    check_origin,
+    check_resumable,
     checkpoints,
     discard,
     join_tensors,
-    newest_complete,
+    loading,
+    newest_sound,
+    number_of,
     publish,
     read_manifest,
     read_run,
     read_state,
     rotate,
     step_of,
+    verify,
     write_manifest,
     write_tensors,
 )
@@ -59,7 +77,6 @@ from .stopping import (
 logger = logging.getLogger(__name__)
 CHECKPOINT_FILES = ("model", "adapter_model", "reference", "trl_core_state")
 """Names of the safetensors files that every checkpoint may have; models beside the policy need others."""
-_COMPARED_ON_RESUME = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
 
 
 class CheckpointedTrainer(Trainer):
@@ -75,8 +92,14 @@ class CheckpointedTrainer(Trainer):
     extra_models: dict[str, nn.Module]
     """Models that are trained beside the policy, by name."""
 
+    inputs: Mapping[str, Any] = MappingProxyType({})
+    """Descriptions of what the trainer was given; see `trl_core.training.fingerprint`."""
     _resume: tuple[str, dict[str, Any]] | None = None
     """Folder and record of the checkpoint that is being resumed."""
+    _changed: frozenset[str] = frozenset()
+    """Options and inputs that are other ones than those of that checkpoint."""
+    _converts = False
+    """Whether the policy is saved under other names than it has."""
     _saved_step: int | None = None
     """Of the newest checkpoint of this run that is known to be in its folder."""
     _before: Any = None
@@ -114,13 +137,35 @@ class CheckpointedTrainer(Trainer):
 
     def resume_options(self) -> dict[str, Any]:
         """The options a resumed run must share with the one that wrote the checkpoint."""
-        common = {f.name for f in dataclasses.fields(TrainingArguments)}
-        own = [
-            f.name
-            for f in dataclasses.fields(self.args)
-            if f.metadata.get("resume", True) and (f.name not in common or f.name in _COMPARED_ON_RESUME)
-        ]
-        return {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
+        return compared_options(self.args) | {"num_processes": self.accelerator.num_processes}
+
+    def note_inputs(self, **given: Any) -> None:
+        """Keep the descriptions of what the run is given, as it is before the run changes it."""
+        self.inputs = {**self.inputs, **{name: description(value) for name, value in given.items()}}
+
+    def note_adapter(self, policy: Any) -> None:
+        """Keep the options of the policy's adapter; and, as the checkpoint holds the adapter alone, what it is on."""
+        adapted = is_peft(policy)
+        names = list(policy.peft_config) if adapted else []
+        base = [(name, p) for name, p in policy.named_parameters() if not any(f".{n}." in name for n in names)]
+        self.note_inputs(
+            adapter=adapter(policy.peft_config[policy.active_adapters[0]]) if adapted else None,
+            base_model=weights_of(base) if adapted else None,
+        )
+
+    def resume_inputs(self) -> dict[str, Any]:
+        """Descriptions of all else that a resumed run must share: data, functions, models, hooks of callbacks."""
+        policy = self.accelerator.unwrap_model(self.model)
+        trained = [(name, p.new_empty(0)) for name, p in policy.named_parameters() if p.requires_grad]
+        others = {name: hooks for name, hooks in self.hooks.objects.items() if name not in self._names()}
+        backend = others.pop("rollouts", None)
+        return {
+            **self.inputs,
+            "model": configuration(policy),
+            "trained_parameters": {"tensors": len(trained), "names": weights_of(trained)["weights"]},
+            "rollouts": None if backend is None else type(backend).__name__,
+            "hooks": {name: description(hooks) for name, hooks in others.items()},
+        }
 
     def _further_models(self) -> dict[str, nn.Module]:
         """Models beside the policy that have weights of their own, by the names of their files."""
@@ -207,19 +252,26 @@ class CheckpointedTrainer(Trainer):
             save_file({k: v.contiguous().clone() for k, v in weights.items()}, partial / f"{name}.safetensors")
         plain = write_tensors(partial, self.state_of_run())
         write_run(partial, self.run.record)
-        record = {
-            "trl_core": core_version(),
-            "composition": self.composition.provenance(),
-            "options": json.loads(json.dumps(self.resume_options(), default=str)),
-            "state": plain,
-            "owed": {"evaluation": self.owes_evaluation, "after_step": self.owed_hooks},
-            "save_only_model": self.args.save_only_model,
-        }
-        write_manifest(partial, record)
+        owed = {"evaluation": self.owes_evaluation, "after_step": self.owed_hooks}
+        write_manifest(partial, {**self._origin(), "owed": owed, "state": plain})
         publish(partial, folder)
 
     def _is_foreign(self, folder: Path) -> bool:
         return folder.exists() and not self.run.owns(folder)
+
+    def _origin(self) -> dict[str, Any]:
+        """What a checkpoint says of the run that wrote it."""
+        return {
+            "trl_core": core_version(),
+            "python": PYTHON,
+            "composition": self.composition.provenance(),
+            "options": self.resume_options(),
+            "inputs": self.resume_inputs(),
+            "optimizer": optimizer_class(self.optimizer),
+            "step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "save_only_model": self.args.save_only_model,
+        }
 
     # -- the run --------------------------------------------------------------------------------------------------
     def train(
@@ -245,6 +297,7 @@ class CheckpointedTrainer(Trainer):
             OutputDirError: `output_dir` holds another run, or one is training in it.
         """
         self._resume = self._saved_step = self._last_norm = None
+        self._changed = frozenset()
         self.owes_evaluation, self.owed_hooks, self.metrics = False, [], Metrics()
         callbacks, self.run = self.callback_handler, RunFolder(self.args.output_dir)
         callbacks.phase, callbacks.failure = OUTSIDE, None
@@ -279,7 +332,7 @@ class CheckpointedTrainer(Trainer):
             lambda: run.begin(self.composition.name, checkpoint=folder, overwrite=replace, again=again)
         )
         start = self._saved_step or 0
-        self._stale = [p for p in checkpoints(run.path) if run.owns(p) and step_of(p) > start]
+        self._stale = [p for p in checkpoints(run.path) if run.owns(p) and number_of(p) > start]
         return str(folder) if folder else None
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
@@ -300,7 +353,7 @@ class CheckpointedTrainer(Trainer):
         """Refuse to begin if a checkpoint would need the name of a folder that is not of this run."""
         period = self.state.save_steps if self.args.save_strategy == SaveStrategy.STEPS else 0
         for path in all_checkpoints(self.args.output_dir):
-            step = step_of(path)
+            step = number_of(path)
             saved = period and done < step <= max_steps and (step % period == 0 or step == max_steps)
             if saved and self._is_foreign(path):
                 raise OutputDirError(
@@ -347,7 +400,7 @@ class CheckpointedTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, self._last_norm, *again, **kwargs)
         if self._stale and self._saved_step == self.state.global_step and not why and self.args.should_save:
             for path in self._stale:
-                if path.exists() and step_of(path) != self._saved_step:
+                if path.exists() and number_of(path) != self._saved_step:
                     discard(path)
             self._stale = []
         if why:
@@ -439,47 +492,148 @@ class CheckpointedTrainer(Trainer):
 
     def _take_up(self, given: str | bool) -> str:
         """Check the checkpoint that is to be resumed, and note it for when the loop is prepared; returns its folder."""
-        folder = self._find_checkpoint(given)
-        record = read_manifest(folder)
-        if record.get("save_only_model"):
-            raise CheckpointError(
-                f"{folder.name} holds no optimizer state: it was written with save_only_model=True.",
-                mend="Start a new run from its weights: pass the folder as `model`.",
-            )
-        difference = check_origin(record, self.composition.provenance(), self.resume_options())
-        if difference and self.args.resume_check == "strict":
-            raise CheckpointError(
-                f"{folder.name} was written with other options ({difference}).",
-                mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
-            )
-        if difference:
-            logger.warning("Resuming %s with other options: %s.", folder.name, difference)
+        found: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                found = [self._find_checkpoint(given)]
+            except CheckpointError as error:
+                found = [error]
+        # One process reads all files, and all processes take the same checkpoint.
+        (answer,) = broadcast_object_list(found)
+        if isinstance(answer, CheckpointError):
+            raise answer
+        folder, record = answer
+        check_composition(record, self.composition.provenance())
+        self._compare(folder, record)
+        self._check_models(folder, record)
         self._resume = (str(folder), record)
-        if folder.resolve().parent == Path(self.args.output_dir).resolve():
-            self._saved_step = int(folder.name.rpartition("-")[2])
+        step = step_of(folder, record)
+        if folder.resolve() == Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}").resolve():
+            self._saved_step = step
         return str(folder)
 
-    def _find_checkpoint(self, given: str | bool) -> Path:
+    def _find_checkpoint(self, given: Any) -> tuple[Path, dict[str, Any]]:
+        """The folder that is meant and its record, after all of its files are read."""
         if given is not True:
-            return Path(str(given))
-        newest = newest_complete(self.args.output_dir)
+            if not isinstance(given, str | os.PathLike):
+                raise CheckpointError(
+                    f"resume_from_checkpoint={given!r} is a {type(given).__name__}; expected a folder, or True.",
+                    mend="Name a checkpoint folder, or give True for the newest sound one in output_dir.",
+                )
+            folder = Path(os.fsdecode(given))
+            record = read_manifest(folder)
+            check_resumable(folder, record)
+            verify(folder, record)
+            return folder, record
+        newest, wrong = newest_sound(self.args.output_dir)
         if newest is None:
+            listed = "".join(f"\n  - {what}" for what in wrong)
             raise CheckpointError(
-                f"There is no complete checkpoint in {self.args.output_dir!r}.",
+                f"There is no complete checkpoint in {self.args.output_dir!r}.{listed}",
                 mend="Start without resume_from_checkpoint, or point it to a checkpoint folder.",
             )
-        return newest
+        if wrong:
+            logger.warning("%s is resumed, because later ones cannot be: %s", newest.name, " ".join(wrong))
+        return newest, read_manifest(newest)
+
+    def _compare(self, folder: Path, record: dict[str, Any]) -> None:
+        """Refuse other options and inputs than the checkpoint's, or, if told so, note them for what is loaded next."""
+        found, unknown = compare(record, self.resume_options(), self.resume_inputs())
+        self._changed = frozenset(difference.of for difference in found)
+        listed = "; ".join(map(str, found))
+        if unknown:
+            what = ", ".join(unknown)
+            logger.warning("%s says nothing about, so that it cannot be compared: %s.", folder.name, what)
+        if held := REFUSED & self._changed:
+            raise CheckpointError(
+                f"{folder.name} holds the weights of another run ({listed}).",
+                mend=f"Resume with the same {', '.join(sorted(held))}, or start a new run from the saved weights.",
+            )
+        if found and self.args.resume_check == "strict":
+            raise CheckpointError(
+                f"{folder.name} was written with other options ({listed}).",
+                mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
+            )
+        if found:
+            logger.warning("Resuming %s with other options: %s.", folder.name, listed)
+        if "train_dataset" in self._changed:
+            logger.warning("The run goes on in the new train_dataset at the epoch and the step it had reached.")
+
+    def _check_models(self, folder: Path, record: dict[str, Any]) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return  # their files are their own
+        policy = self.accelerator.unwrap_model(self.model)
+        self._converts = not check_weights(*policy_weights(folder, policy), folder) and not is_peft(policy)
+        for name, module in self._further_models().items():
+            check_weights([folder / f"{name}.safetensors"], module.state_dict(), folder)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if self._resume is not None:
+            self._compare_length(max_steps, *self._resume)
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, resume_from_checkpoint
         )
         if self._resume is not None:
             folder, record = self._resume
-            self.load_state_of_run(read_state(folder, record))
+            self.load_state_of_run(self.taken_up(read_state(folder, record)))
             for name, module in self._further_models().items():
-                module.load_state_dict(load_file(Path(folder) / f"{name}.safetensors"))
+                with loading(folder, f"{name}.safetensors"):
+                    module.load_state_dict(load_file(Path(folder) / f"{name}.safetensors"))
         return prepared
+
+    def taken_up(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a checkpoint, without what the options that `_changed` make useless."""
+        return state
+
+    def _compare_length(self, max_steps: int, folder: str, record: dict[str, Any]) -> None:
+        """A run may be made longer; where the learning rates depend on its length, they are those of the new one."""
+        step, before = step_of(Path(folder), record), record.get("max_steps")
+        if max_steps < step:
+            raise CheckpointError(
+                f"{Path(folder).name!r} is at step {step}; this run ends at step {max_steps}.",
+                mend="Raise max_steps or num_train_epochs, or resume from an earlier checkpoint.",
+            )
+        if before not in (None, max_steps) and depends_on_length(self.args):
+            self._changed |= {"max_steps"}
+            logger.warning(
+                "The run has %d steps now, %d when %s was written: from here on the learning rates of the schedule "
+                "%r are those of the new length.",
+                max_steps,
+                before,
+                Path(folder).name,
+                getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type),
+            )
+
+    # What transformers loads, after the checks above.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with loading(resume_from_checkpoint, "The model"):
+            if self._converts:
+                policy = self.accelerator.unwrap_model(self.model)
+                policy.load_state_dict(converted_weights(Path(resume_from_checkpoint), policy))
+                return
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._resume is None:
+            return
+        with loading(checkpoint, "The state of optimizer and schedule"):
+            load = super()._load_optimizer_and_scheduler
+            if self._changed and not self.is_deepspeed_enabled:
+                load_with_new_values(self, Path(checkpoint), self._resume[1], self._changed, load)
+            else:
+                load(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and getattr(self.accelerator, "scaler", None) is not None:
+            with loading(checkpoint, "The state of the gradient scaler"):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if "seed" in self._changed:
+            set_seed(self.args.seed, device_specific=True)
+        elif checkpoint is not None:
+            with loading(checkpoint, "The random state"):
+                super()._load_rng_state(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -78,6 +78,7 @@ class OfflineTrainer(CoreTrainer):
         **arguments: Any,
     ) -> None:
         self.formatting_func = formatting_func
+        self.note_inputs(formatting_func=formatting_func)
         self.num_tokens = 0
         self.window = torch.zeros(2, dtype=torch.long)
         self._arriving = 0

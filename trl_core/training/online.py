@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,18 @@ from .config import as_dict
 from .loader import PromptLoader, SparePrompts, as_is, permutation, prompt_loader
 from .metrics import rollout_metrics
 from .rollout import RolloutSteps, checked
+
+logger = logging.getLogger(__name__)
+_SHAPING_WINDOWS = {
+    "generation_batch_size",
+    "steps_per_generation",
+    "num_generations",
+    "num_iterations",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_processes",
+}
+"""Options without which a generation batch that is under way cannot be used on."""
 
 
 @dataclass
@@ -78,6 +91,7 @@ class OnlineTrainer(RolloutSteps):
             trust_remote_code=checked.trust_remote_code,
             processes=checked.reward_processes,
         )
+        self.note_inputs(reward_funcs=self.reward_functions.functions)
         self.reward_weights = _reward_weights(checked.reward_weights, self.reward_functions.names)
         self.completion_log = CompletionLog(checked)
         self.window: Window | None = None
@@ -459,6 +473,13 @@ class OnlineTrainer(RolloutSteps):
             "still_rows_count": self.still_rows_count,
             "spare_prompts": self.spare_prompts.drawn,
         }
+
+    def taken_up(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Without the part-used generation batch, if batches are of another shape now."""
+        if state.get("window") is not None and _SHAPING_WINDOWS & self._changed:
+            logger.warning("The part-used generation batch of the checkpoint is dropped: batches are others now.")
+            return {**state, "window": None}
+        return state
 
     def load_state_of_run(self, state: dict[str, Any]) -> None:
         """The inverse of `state_of_run`."""

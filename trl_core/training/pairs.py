@@ -105,6 +105,11 @@ class PairTrainer(_OnPairs):
         if not self.args.precompute_ref_log_probs or self.reference is None or self.ref_logps:
             return
         if self._resume is not None:
+            if "train_dataset" in self._changed:
+                raise CheckpointError(
+                    "The checkpoint has the reference's log-probabilities of another train_dataset.",
+                    mend="Resume with the dataset the run was started with, or without precompute_ref_log_probs.",
+                )
             self.ref_logps = read_state(*self._resume)["ref_logps"]
         for split, dataset in self._named_datasets().items():
             if split not in self.ref_logps:

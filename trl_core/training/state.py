@@ -1,25 +1,29 @@
 """What a checkpoint holds beside the model and the optimizer, and how its completeness is known.
 
-`trl_core_state.json` is written last, atomically, and lists every file of the checkpoint with its size: a checkpoint
-without it, or with files that do not fit, was not finished. Nothing is pickled.
+`trl_core_state.json` is written last, atomically, and lists every file of the checkpoint with its size and checksum: a
+checkpoint without it, or with files that do not fit, was not finished or is damaged. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, TRLCoreError
 
 STATE_FILE = "trl_core_state.json"
 TENSOR_FILE = "trl_core_state.safetensors"
@@ -27,6 +31,11 @@ RUN_FILE = "trl_core_run.json"
 """Says whose a folder is; see `folder.RunFolder`."""
 PARTIAL = ".trl_core_partial"
 """Folder beside checkpoints where they are written, and taken to be deleted, so that one of that name is whole."""
+FORMAT = 2
+"""Of the manifest; 1, which says no number, had sizes alone."""
+_FREE = ("README.md",)
+"""Files that a person may edit."""
+_MEND = "Resume from an earlier checkpoint; resume_from_checkpoint=True takes the newest sound one."
 _TENSOR_KEY = "__tensor__"
 
 
@@ -62,51 +71,139 @@ def write_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    """Finish a checkpoint: from the moment this file exists it is complete."""
-    files = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != STATE_FILE
-    }
+    """Finish a checkpoint: from the moment this file exists it is complete, and all of it is on the disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync(path)
+        elif path.name not in (STATE_FILE, *_FREE):
+            _sync(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path)}
+    _sync(folder)
+    record = json.loads(json.dumps({**record, "format": FORMAT, "files": files}))
     temporary = folder / (STATE_FILE + ".tmp")
     with open(temporary, "w") as file:
-        json.dump({**record, "files": files}, file, indent=1)
+        json.dump({**record, "checksum": _checksum(record)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / STATE_FILE)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Let what was written reach the disk; where that cannot be asked of a folder, it is not."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """Of everything that a manifest says, however its text is laid out."""
+    rest = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The record of a complete checkpoint.
+    """The record of a complete checkpoint, whose files are there and as long as they should be.
 
     Raises:
-        CheckpointError: the folder is missing, was not finished, or a file is missing or cut short.
+        CheckpointError: the folder is missing, was not finished, or is damaged, or a later version wrote it.
     """
     folder = Path(folder)
-    mend = "Resume from an earlier checkpoint; resume_from_checkpoint=True takes the newest complete one."
-    if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.", mend=mend)
+    if not os.path.isdir(folder):  # asks nothing of names that no file can have
+        raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.", mend=_MEND)
     try:
-        record: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
-        files: dict[str, int] = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not (folder / STATE_FILE).is_file():
+            raise FileNotFoundError(STATE_FILE)
+        record = json.loads((folder / STATE_FILE).read_text())
+        number = record.get("format", 1) if isinstance(record, dict) else 1
+        later = type(number) is int and number > FORMAT
+        files = {} if later else _files_of(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"The checkpoint {folder.name!r} is not complete or not from trl-core: {STATE_FILE} is missing or damaged.",
-            mend=mend,
+            mend=_MEND,
         ) from error
+    if later:
+        raise CheckpointError(
+            f"The checkpoint {folder.name!r} has format {number}, of a later version of trl-core; this one reads up "
+            f"to {FORMAT}.",
+            mend="Update trl-core.",
+        )
     for name, size in files.items():
         path = folder / name
-        actual = path.stat().st_size if path.is_file() else None
+        actual = path.stat().st_size if os.path.isfile(path) else None
         if actual != size:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise CheckpointError(f"{name} of {folder.name!r} {found}; expected {size} bytes.", mend=mend)
-    return record
+            raise CheckpointError(f"{name} of {folder.name!r} {found}; expected {size} bytes.", mend=_MEND)
+    return dict(record)
+
+
+def _files_of(record: Any) -> dict[str, int]:
+    """The sizes of all files of a record; any error if it does not have the form of one, or was changed."""
+    number = record.get("format", 1)
+    files = {name: entry["size"] if number > 1 else entry for name, entry in record["files"].items()}
+    kinds: dict[str, type] = {"composition": list, "options": dict, "state": dict}
+    if number > 1:
+        kinds |= {"step": int, "inputs": dict}
+        if record["checksum"] != _checksum(record):
+            raise ValueError("the checksum is another")
+    fits = all(isinstance(record[name], kind) for name, kind in kinds.items())
+    inside = all(not PurePath(name).is_absolute() and ".." not in PurePath(name).parts for name in files)
+    named = all(isinstance(part["algorithm"], str) for part in record["composition"])
+    sized = all(type(size) is int for size in (number, *files.values()))
+    if not (fits and inside and named and sized and {TENSOR_FILE, TRAINER_STATE_NAME} <= files.keys()):
+        raise ValueError("a part is of another form")
+    return files
+
+
+def verify(folder: Path, record: dict[str, Any]) -> None:
+    """Compare the contents of a checkpoint's files with what was written; a record of format 1 has sizes alone.
+
+    Raises:
+        CheckpointError: a file has other contents.
+    """
+    for name, entry in record["files"].items():
+        if isinstance(entry, dict):
+            with loading(folder, name):
+                same = _digest(folder / name) == entry["sha256"]
+            if not same:
+                raise CheckpointError(f"{name} of {folder.name!r} is damaged: its checksum is another.", mend=_MEND)
+
+
+@contextlib.contextmanager
+def loading(folder: str | Path, what: str) -> Iterator[None]:
+    """What fails in the block is told as a fault of the checkpoint."""
+    try:
+        yield
+    except TRLCoreError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{what} of {Path(folder).name!r} cannot be loaded: {reason}", mend=_MEND) from error
 
 
 def read_state(folder: str | Path, record: dict[str, Any]) -> dict[str, Any]:
     """The trainer state in a record, with its tensors."""
-    state: dict[str, Any] = join_tensors(record["state"], load_file(Path(folder) / TENSOR_FILE))
+    with loading(folder, TENSOR_FILE):
+        state: dict[str, Any] = join_tensors(record["state"], load_file(Path(folder) / TENSOR_FILE))
     return state
+
+
+def step_of(folder: Path, record: dict[str, Any]) -> int:
+    """The optimizer steps done when the checkpoint was written, whatever the name of its folder says now."""
+    if "step" not in record:
+        with loading(folder, TRAINER_STATE_NAME):
+            return int(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step)
+    return int(record["step"])
 
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
@@ -118,7 +215,7 @@ def read_run(folder: str | Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("run"), str) else None
 
 
-def step_of(checkpoint: Path) -> int:
+def number_of(checkpoint: Path) -> int:
     """The step that the name of a checkpoint says."""
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -126,8 +223,8 @@ def step_of(checkpoint: Path) -> int:
 def all_checkpoints(folder: str | Path) -> list[Path]:
     """All `checkpoint-<step>` folders, oldest step first, complete or not, whoever wrote them."""
     inside = Path(folder).iterdir() if Path(folder).is_dir() else []
-    found = [path for path in inside if path.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", path.name)]
-    return sorted(found, key=step_of)
+    found = [path for path in inside if path.is_dir() and re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
+    return sorted(found, key=number_of)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -137,8 +234,45 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def newest_complete(folder: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    return next(filter(is_complete, reversed(checkpoints(folder))), None)
+    """The complete checkpoint with the highest step; its contents are not compared."""
+    return next((path for _, path, _ in _complete(checkpoints(folder))[0]), None)
+
+
+def newest_sound(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the highest step that can be resumed from, and what is wrong with those after it."""
+    complete, wrong = _complete(checkpoints(folder))
+    for step, path, record in complete:
+        try:
+            check_resumable(path, record)
+            verify(path, record)
+        except CheckpointError as error:
+            wrong.append((step, path, error.what))
+        else:
+            return path, [what for number, _, what in sorted(wrong) if number >= step]
+    return None, [what for _, _, what in sorted(wrong)]
+
+
+def _complete(
+    folders: list[Path],
+) -> tuple[list[tuple[int, Path, dict[str, Any]]], list[tuple[int, Path, str]]]:
+    """(step, folder, record) of the complete ones, highest step first; and (number, folder, what) of the others."""
+    complete, wrong = [], []
+    for path in folders:
+        try:
+            record = read_manifest(path)
+            complete.append((step_of(path, record), path, record))
+        except CheckpointError as error:
+            wrong.append((number_of(path), path, error.what))
+    return sorted(complete, key=lambda found: found[0], reverse=True), wrong
+
+
+def check_resumable(folder: Path, record: dict[str, Any]) -> None:
+    """Raise `CheckpointError` if a checkpoint holds no more than weights."""
+    if record.get("save_only_model"):
+        raise CheckpointError(
+            f"{folder.name!r} holds no optimizer state: it was written with save_only_model=True.",
+            mend="Start a new run from its weights: pass the folder as `model`.",
+        )
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -180,31 +314,3 @@ def rotate(newest: Path, limit: int | None, best: str | None, owned: Callable[[P
     for path in others:
         if path not in complete or path in surplus:
             discard(path)
-
-
-def check_origin(record: dict[str, Any], composition: list[dict[str, str]], options: dict[str, Any]) -> str | None:
-    """What differs between the run that wrote a checkpoint and this one, or None.
-
-    Args:
-        record: from `read_manifest`.
-        composition: `Composition.provenance()` of this run.
-        options: this run's options that shape the mathematics.
-
-    Raises:
-        CheckpointError: the checkpoint is from another algorithm, or the same ones in another order.
-    """
-    theirs = [part["algorithm"] for part in record["composition"]]
-    ours = [part["algorithm"] for part in composition]
-    if theirs != ours:
-        raise CheckpointError(
-            f"The checkpoint was written by {'+'.join(theirs)!r}, this run is {'+'.join(ours)!r}.",
-            mend="Resume with get_trainer of the same composition, or start a new run from the saved weights.",
-        )
-    # Compared as JSON, in which they were stored.
-    now = json.loads(json.dumps(options, default=str))
-    differing = [
-        f"{name}: {record['options'].get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted({*record["options"], *now})
-        if record["options"].get(name) != now.get(name)
-    ]
-    return "; ".join(differing) or None

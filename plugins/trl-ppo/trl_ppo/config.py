@@ -19,8 +19,8 @@ class PPOOptions(OnlineConfig):
     `num_train_epochs` times over the dataset.
     """
 
-    learning_rate: float = option(3e-6, "Initial learning rate.", resume=False)
-    value_learning_rate: float | None = option(None, "That of the critic; None: the policy's.", resume=False)
+    learning_rate: float = option(3e-6, "Initial learning rate.")
+    value_learning_rate: float | None = option(None, "That of the critic; None: the policy's.")
     max_grad_norm: float = option(0.0, "Clip gradients of policy and critic to this norm; 0: never, as in TRL's loop.")
     disable_dropout: bool = option(True, "Set every dropout probability to 0, so that log-probabilities agree.")
     temperature: float = option(0.7, "Sampling temperature; every log-probability is computed at it as well.")
