@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -24,6 +22,8 @@ from ..composition import Composition, Hooks
 from ..discovery import core_version
 from ..errors import CheckpointError
 from ..models.reference import ReferenceModel
+from ..redaction import marked_in, redacted
+from .card import model_card
 from .metrics import Metrics
 from .state import (
     check_origin,
@@ -54,6 +54,8 @@ class CheckpointedTrainer(Trainer):
     reference: ReferenceModel | None
     extra_models: dict[str, nn.Module]
     """Models that are trained beside the policy, by name."""
+    sources: dict[str, str]
+    """Where the model and its data are from; see `card.sources`."""
 
     _resume: tuple[str, dict[str, Any]] | None = None
     """Folder and record of the checkpoint that is being resumed."""
@@ -79,7 +81,9 @@ class CheckpointedTrainer(Trainer):
             for f in dataclasses.fields(self.args)
             if f.metadata.get("resume", True) and (f.name not in common or f.name in _COMPARED_ON_RESUME)
         ]
-        return {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
+        options = {name: getattr(self.args, name) for name in own} | {"num_processes": self.accelerator.num_processes}
+        # Another secret makes no other run.
+        return dict(redacted(options, marked=marked_in(dataclasses.fields(self.args)), drop=True))
 
     def _further_models(self) -> dict[str, nn.Module]:
         """Models beside the policy that have weights of their own, by the names of their files."""
@@ -146,7 +150,7 @@ class CheckpointedTrainer(Trainer):
             record = {
                 "trl_core": core_version(),
                 "composition": self.composition.provenance(),
-                "options": json.loads(json.dumps(self.resume_options(), default=str)),
+                "options": self.resume_options(),
                 "state": plain,
                 "save_only_model": self.args.save_only_model,
             }
@@ -227,31 +231,14 @@ class CheckpointedTrainer(Trainer):
             # The loop pickles its arguments; nothing reads them, and they are kept as JSON instead.
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string())
-            (folder / "README.md").write_text(self.model_card())
+            (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
 
     # -- provenance -----------------------------------------------------------------------------------------------
     def model_card(self) -> str:
-        """A model card that records what trained the model."""
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""
-        lines = ["---", "library_name: transformers", "tags: [trl-core, " + ", ".join(self._names()) + "]", "---", ""]
-        lines += [f"# Trained with trl-core: {self.composition.name}", ""]
-        # A local folder is nobody else's business.
-        lines += [f"Base model: `{base}`" if base and not os.path.exists(base) else "Base model: a local one", ""]
-        lines += [
-            "| order | algorithm | distribution | version | stability |",
-            "|---|---|---|---|---|",
-        ]
-        for order, part in enumerate(self.composition.provenance()):
-            row = (str(order), part["algorithm"], part["distribution"], part["version"], part["stability"])
-            lines.append("| " + " | ".join(row) + " |")
-        options = json.dumps(self.resume_options(), indent=1, default=str)
-        lines += ["", f"trl-core {core_version()}. Options:", "", "```json", options, "```", ""]
-        return "\n".join(lines)
+        """A model card that records what trained the model; see `trl_core.training.card`."""
+        return model_card(self)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of `model_card` into `output_dir`."""
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.model_card())
-
-    def _names(self) -> list[str]:
-        return [part["algorithm"] for part in self.composition.provenance()]
+            Path(self.args.output_dir, "README.md").write_text(self.model_card(), encoding="utf-8")
