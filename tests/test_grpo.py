@@ -75,8 +75,8 @@ def test_reward_function_gets_columns_of_its_row_and_the_means_to_log(tmp_path):
     assert given[3] == ["four"] * 4 + ["six"] * 4
     assert given[4] == 0
     assert log_lines(trainer)[0]["exact"] == 0.25
-    written = pyarrow.parquet.read_table(tmp_path / "completions" / "completions_000001.parquet")
-    assert written["guess"].to_pylist() == ["four?"] * 4 + ["six?"] * 4
+    written = pyarrow.parquet.read_table(tmp_path / "completions" / "part-00001.parquet")
+    assert written["extra/guess"].to_pylist() == ["four?"] * 4 + ["six?"] * 4
 
 
 def chat(*turns):
@@ -698,44 +698,6 @@ def test_metrics_are_means_over_the_logging_interval(tmp_path):
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
-def test_completions_are_written_with_rewards_and_advantages(tmp_path):
-    trained(
-        tmp_path,
-        algorithm="gfpo",
-        trainer={"group_filter_func": "shortest", "reward_funcs": [table(1.0, 0.0, 0.5, -1.0), length]},
-        num_remains_in_group=2,
-        reward_weights=[1.0, 0.1],
-        scale_rewards="none",
-        log_completions=True,
-        num_completions_to_print=0,
-    )
-    folder = tmp_path / "completions"
-    assert sorted(path.name for path in folder.iterdir()) == [f"completions_00000{i}.parquet" for i in (1, 2)]
-    written = pyarrow.parquet.read_table(folder / "completions_000002.parquet").to_pydict()
-    assert written["step"] == [2] * 4
-    assert written["prompt"] == ["say ab"] * 4
-    assert written["completion"] == [TOKENIZER.decode(i, skip_special_tokens=True) for i in LENGTHS["completion_ids"]]
-    assert written["length"] == [6, 2, 4, 3]
-    assert written["length_reward"] == [6.0, 2.0, 4.0, 3.0]
-    assert written["reward"] == pytest.approx([1.6, 0.2, 0.9, -0.7])
-    assert written["kept"] == [False, True, False, True]
-    assert written["advantage"] == pytest.approx([0.0, 0.45, 0.0, -0.45])
-
-
-def length(completion_ids, **_):
-    return [float(len(ids)) for ids in completion_ids]
-
-
-length.__name__ = "length_reward"
-
-
-def test_sample_of_completions_is_printed(tmp_path, capsys):
-    trained(tmp_path, max_steps=1, log_completions=True, num_completions_to_print=2)
-    printed = capsys.readouterr().out
-    assert "step 1" in printed
-    assert printed.count("say a") == 2
-
-
 def test_saved_model_loads_as_any_other(tmp_path):
     trainer, _ = trained(tmp_path / "run")
     trainer.save_model(tmp_path / "saved")

@@ -33,13 +33,14 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
-_CONTRACT = {"errors", "install", "options", "batch", "hookspecs"}
+_CONTRACT = {"redaction", "errors", "install", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "install", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "composition"}
 _AUTHORS = {"files", "markdown", "project", "scaffold", "migration", "contract", "promotion"}
 TOOLS = _AUTHORS | {"cli", "testing", "pytest_plugin"}
 MAY_IMPORT = {
-    "errors": set(),
+    "redaction": set(),
+    "errors": {"redaction"},
     "processes": set(),
     "files": set(),
     "markdown": set(),

@@ -328,7 +328,7 @@ def test_completion_log_has_the_columns_of_functions(tmp_path):
         trainer = trainer_of(tmp_path / name, rewards, beta=0.1, reward_processes=int(name == "there"), **options)
         trainer.train()
         tables = [pyarrow.parquet.read_table(p) for p in sorted((tmp_path / name).glob("completions/*.parquet"))]
-        assert [table["seen"].to_pylist() for table in tables] == [[0] * 4, [1] * 4]
+        assert [table["extra/seen"].to_pylist() for table in tables] == [[0] * 4 + [1] * 4]
 
 
 # -- failures beside other work ---------------------------------------------------------------------------------------

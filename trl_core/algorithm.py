@@ -32,6 +32,7 @@ class Algorithm:
         trainer: `"module:Class"` of the trainer, only for an algorithm that stands alone.
         config_name: public name of the composed config class; default: `name` in capitals + `Config`.
         trainer_name: public name of the composed trainer class; default: `name` in capitals + `Trainer`.
+        papers: arXiv number to title of the papers it comes from; model cards cite them.
         deprecated: what of this algorithm will go while it stays, by name: an entry of `arguments` or `defaults`, or
             the public name of its config or trainer class. Options say it themselves, `option(deprecated=...)`.
         removal: for deprecated algorithms, the version that removes it.
@@ -48,6 +49,7 @@ class Algorithm:
     trainer: str | None = None
     config_name: str | None = None
     trainer_name: str | None = None
+    papers: Mapping[str, str] = field(default_factory=dict)
     deprecated: Mapping[str, Deprecation] = field(default_factory=dict)
     removal: str | None = None
     replacement: str | None = None

@@ -9,18 +9,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from .redaction import hide
+
 
 class TRLCoreError(Exception):
     """Base of all errors raised by trl-core.
 
     Args:
-        what: what is wrong, naming the thing (option, column, plugin, row) and what was expected.
+        what: what is wrong, naming the thing (option, column, plugin, row) and what was expected. Secrets in it, such
+            as the value of an option that is one, are hidden.
         mend: what the user can do about it; kept as the attribute `mend` and appended to the message.
     """
 
     def __init__(self, what: str, *, mend: str) -> None:
-        self.what = what
-        self.mend = mend
+        self.what = what = hide(what)
+        self.mend = mend = hide(mend)
         super().__init__(f"{what}\n  To mend: {mend}")
 
     def __reduce__(self) -> tuple[Any, ...]:

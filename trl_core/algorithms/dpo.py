@@ -212,4 +212,5 @@ algorithm = Algorithm(
     config=DPOConfig,
     hooks=DPO,
     trainer="trl_core.training.pairs:PairTrainer",
+    papers={"2305.18290": "Direct Preference Optimization: Your Language Model is Secretly a Reward Model"},
 )

@@ -273,4 +273,5 @@ algorithm = Algorithm(
     config=GRPOConfig,
     hooks=GRPO,
     trainer="trl_core.training.online:OnlineTrainer",
+    papers={"2402.03300": "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"},
 )

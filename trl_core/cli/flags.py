@@ -17,6 +17,8 @@ import typing
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from ..redaction import HIDDEN, marked_in, redacted
+
 if TYPE_CHECKING:
     from ..composition import Composition
 
@@ -26,11 +28,13 @@ _BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false
 
 
 def fields_of(config: type) -> list[Field]:
-    """The fields of a dataclass with `type` resolved, `default` filled in and plain help."""
+    """The fields of a dataclass with `type` resolved, `default` filled in unless it is secret, and plain help."""
     hints, fields = typing.get_type_hints(config), [copy.copy(f) for f in dataclasses.fields(config)]
     for f in fields:
         f.type = hints[f.name]
         f.default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if redacted({f.name: f.default}, marked=marked_in([f]))[f.name] == HIDDEN:
+            f.default = HIDDEN
     return fields
 
 

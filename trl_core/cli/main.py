@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import TRLCoreError
+from ..redaction import hide_error
 
 COMMANDS = {
     "list": "list the installed algorithms",
@@ -57,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TRLCoreError as error:
         print(f"trl-core: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        hide_error(error)
+        raise
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 from .. import install
 from ..errors import ConfigError, RewardError
 from ..options import option, require
+from ..redaction import hide_error, marked_in, remember
 from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
 
 
@@ -102,6 +103,7 @@ def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> di
         sources = {flags["config"]: _yaml(flags["config"])} | sources
     values, mend = {}, f"See trl-core train {name} --help."
     for source, found in sources.items():
+        remember(found, marked=marked_in(f for fields in groups.values() for f in fields))
         for key, value in found.items():
             key = "resume" if key == "resume_from_checkpoint" else key
             if key not in hints:
@@ -289,7 +291,7 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     try:
         trainer.train(resume_from_checkpoint=values.get("resume"))
     except RewardError as error:
-        traceback.print_exception(error.__cause__)  # where in the user's code
+        traceback.print_exception(error.__cause__ and hide_error(error.__cause__))  # where in the user's code
         raise
     trainer.save_model()
     say(f"model, tokenizer and card: {config.output_dir}\nmetrics: {os.path.join(config.output_dir, 'metrics.jsonl')}")

@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_peft_available
 
 from .. import install
 from ..errors import ConfigError
+from ..redaction import hide_error, remember
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +57,13 @@ def load_policy(
     try:
         loaded: nn.Module = auto_class.from_pretrained(model, **kwargs)
         return loaded
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        remember(kwargs)
         raise ConfigError(
             f"The model {model!r} cannot be loaded: {error}",
-            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object.",
-        ) from error
+            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object; and to "
+            "model_init_kwargs only what from_pretrained takes.",
+        ) from hide_error(error)
 
 
 def load_tokenizer(

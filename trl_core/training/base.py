@@ -38,6 +38,8 @@ from ..models.logprobs import TokenScores, token_logps
 from ..models.parts import joined, parts_of, without_output
 from ..models.reference import ReferenceModel, mix_into
 from ..options import require
+from ..redaction import remember
+from .card import sources
 from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
 from .loader import as_is
 from .metrics import Metrics
@@ -146,6 +148,7 @@ class CoreTrainer(CheckpointedTrainer):
         tokenizer = self._load_tokenizer(processing_class, policy, args)
         self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
         self._check_reference(args, ref_model, adapter=is_peft(policy))
+        self.sources = sources(policy, train_dataset, eval_dataset)
         self.terminators = self.find_terminators(tokenizer, policy, args)
         self.pad_token_id: int = tokenizer.pad_token_id
         policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
@@ -216,6 +219,7 @@ class CoreTrainer(CheckpointedTrainer):
     # -- checks ---------------------------------------------------------------------------------------------------
     def _checked_args(self, args: Any) -> Any:
         expected = self.composition.config_class
+        remember(args)  # once more: options may be set after the config is made
         if args is None:
             return expected(output_dir=f"{self.composition.name.replace('+', '-')}-output")
         if isinstance(args, expected):
@@ -231,6 +235,7 @@ class CoreTrainer(CheckpointedTrainer):
         return taken
 
     def _checked_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        remember(given)
         known = self.composition.arguments
         unknown = [name for name in given if name not in known]
         if unknown:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import logging
 import os
 import random
@@ -27,6 +27,8 @@ from ..discovery import core_version
 from ..errors import CheckpointError, OutputDirError
 from ..models.loading import is_peft
 from ..models.reference import ReferenceModel
+from ..redaction import marked_in, redacted
+from .card import model_card
 from .fingerprint import adapter, configuration, description, weights_of
 from .folder import RunFolder, on_main, write_run
 from .metrics import Metrics
@@ -91,6 +93,8 @@ class CheckpointedTrainer(Trainer):
     reference: ReferenceModel | None
     extra_models: dict[str, nn.Module]
     """Models that are trained beside the policy, by name."""
+    sources: dict[str, str]
+    """Where the model and its data are from; see `card.sources`."""
 
     inputs: Mapping[str, Any] = MappingProxyType({})
     """Descriptions of what the trainer was given; see `trl_core.training.fingerprint`."""
@@ -137,7 +141,9 @@ class CheckpointedTrainer(Trainer):
 
     def resume_options(self) -> dict[str, Any]:
         """The options a resumed run must share with the one that wrote the checkpoint."""
-        return compared_options(self.args) | {"num_processes": self.accelerator.num_processes}
+        options = compared_options(self.args) | {"num_processes": self.accelerator.num_processes}
+        # Another secret makes no other run.
+        return dict(redacted(options, marked=marked_in(dataclasses.fields(self.args)), drop=True))
 
     def note_inputs(self, **given: Any) -> None:
         """Keep the descriptions of what the run is given, as it is before the run changes it."""
@@ -157,15 +163,17 @@ class CheckpointedTrainer(Trainer):
         """Descriptions of all else that a resumed run must share: data, functions, models, hooks of callbacks."""
         policy = self.accelerator.unwrap_model(self.model)
         trained = [(name, p.new_empty(0)) for name, p in policy.named_parameters() if p.requires_grad]
-        others = {name: hooks for name, hooks in self.hooks.objects.items() if name not in self._names()}
+        algorithms = [part["algorithm"] for part in self.composition.provenance()]
+        others = {name: hooks for name, hooks in self.hooks.objects.items() if name not in algorithms}
         backend = others.pop("rollouts", None)
-        return {
+        inputs = {
             **self.inputs,
             "model": configuration(policy),
             "trained_parameters": {"tensors": len(trained), "names": weights_of(trained)["weights"]},
             "rollouts": None if backend is None else type(backend).__name__,
             "hooks": {name: description(hooks) for name, hooks in others.items()},
         }
+        return dict(redacted(inputs, drop=True))
 
     def _further_models(self) -> dict[str, nn.Module]:
         """Models beside the policy that have weights of their own, by the names of their files."""
@@ -642,31 +650,14 @@ class CheckpointedTrainer(Trainer):
             # The loop pickles its arguments; nothing reads them, and they are kept as JSON instead.
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string())
-            (folder / "README.md").write_text(self.model_card())
+            (folder / "README.md").write_text(self.model_card(), encoding="utf-8")
 
     # -- provenance -----------------------------------------------------------------------------------------------
     def model_card(self) -> str:
-        """A model card that records what trained the model."""
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""
-        lines = ["---", "library_name: transformers", "tags: [trl-core, " + ", ".join(self._names()) + "]", "---", ""]
-        lines += [f"# Trained with trl-core: {self.composition.name}", ""]
-        # A local folder is nobody else's business.
-        lines += [f"Base model: `{base}`" if base and not os.path.exists(base) else "Base model: a local one", ""]
-        lines += [
-            "| order | algorithm | distribution | version | stability |",
-            "|---|---|---|---|---|",
-        ]
-        for order, part in enumerate(self.composition.provenance()):
-            row = (str(order), part["algorithm"], part["distribution"], part["version"], part["stability"])
-            lines.append("| " + " | ".join(row) + " |")
-        options = json.dumps(self.resume_options(), indent=1, default=str)
-        lines += ["", f"trl-core {core_version()}. Options:", "", "```json", options, "```", ""]
-        return "\n".join(lines)
+        """A model card that records what trained the model; see `trl_core.training.card`."""
+        return model_card(self)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of `model_card` into `output_dir`."""
         if self.is_world_process_zero():
-            Path(self.args.output_dir, "README.md").write_text(self.model_card())
-
-    def _names(self) -> list[str]:
-        return [part["algorithm"] for part in self.composition.provenance()]
+            Path(self.args.output_dir, "README.md").write_text(self.model_card(), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..options import option, require, require_choice
+from ..redaction import redacted, remember
 
 logger = logging.getLogger(__name__)
 LOSS_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -83,6 +83,7 @@ class CoreConfig(TrainingArguments):
         return ()
 
     def __post_init__(self) -> None:
+        remember(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
         elif self.bf16 and not torch.cuda.is_available():
@@ -111,14 +112,19 @@ class CoreConfig(TrainingArguments):
         )
         super().__post_init__()  # type: ignore[no-untyped-call]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):  # a dataclass makes one that shows all
+            cls.__repr__ = CoreConfig.__str__  # type: ignore[method-assign,assignment]
+
     def to_dict(self) -> dict[str, Any]:
-        """All options; transformers takes every name that ends in "_token" for a secret, but ours are none."""
-        given: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
-        theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
-        return {
-            name: getattr(self, name) if name.endswith("_token") and name not in theirs else value
-            for name, value in given.items()
-        }
+        """All options as JSON values, with secrets hidden; for trackers and records."""
+        return dict(redacted(self))
+
+    def __str__(self) -> str:
+        return "\n".join([f"{type(self).__name__}(", *(f"{k}={v}," for k, v in sorted(self.to_dict().items())), ")"])
+
+    __repr__ = __str__
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import os
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from enum import Enum
@@ -27,6 +26,8 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..redaction import is_named_secret
+
 logger = logging.getLogger(__name__)
 UNKNOWN = "unknown"
 MOST_ROWS, MOST_BYTES = 20_000, 2**26
@@ -38,13 +39,6 @@ _LIBRARIES = (
     str(Path(__file__).resolve().parent.parent) + os.sep,
 )
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_SPECIAL_TOKEN = re.compile(r"(eos|bos|pad|unk|sep|cls|mask|stop)_token", re.IGNORECASE)
-_SECRET = re.compile(r"(^|_)(token|secret|password|passwd|credentials?|(api|access|auth|secret)_?key)$", re.IGNORECASE)
-
-
-def is_secret(name: str) -> bool:
-    """Whether a value of this name is neither compared nor written."""
-    return bool(_SECRET.search(name)) and not _SPECIAL_TOKEN.fullmatch(name)
 
 
 def description(value: Any) -> Any:
@@ -63,7 +57,7 @@ def described(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return _short(value)
     if isinstance(value, dict):
-        return {str(key): described(item) for key, item in value.items() if not is_secret(str(key))}
+        return {str(key): described(item) for key, item in value.items() if not is_named_secret(str(key))}
     if isinstance(value, list | tuple):
         return [described(item) for item in value]
     if isinstance(value, set | frozenset):
@@ -254,7 +248,7 @@ def _used(name: str, value: Any, seen: set[int]) -> Any:
         return _used(name, value.__wrapped__, seen)
     if isinstance(value, functools.partial):
         return [_used(name, part, seen) for part in (value.func, *value.args, *value.keywords.values())]
-    if is_secret(name) or (isinstance(value, str) and _is_place(value)):
+    if is_named_secret(name) or (isinstance(value, str) and _is_place(value)):
         return None
     if isinstance(value, _PLAIN):
         return _short(value)
@@ -310,7 +304,9 @@ def _object(value: Any) -> dict[str, Any]:
         parameters = list(inspect.signature(type(value)).parameters)
     except (TypeError, ValueError):
         parameters = []
-    kept = {name: getattr(value, name, getattr(value, f"_{name}", None)) for name in parameters if not is_secret(name)}
+    kept = {
+        name: getattr(value, name, getattr(value, f"_{name}", None)) for name in parameters if not is_named_secret(name)
+    }
     plain = {name: item for name, item in kept.items() if not isinstance(item, str) or not _is_place(item)}
     shown = {"name": named} if isinstance(named, str) else {}
     return {**_class(type(value)), **shown, **{name: described(item) for name, item in plain.items()}}

@@ -113,6 +113,7 @@ class OnlineTrainer(RolloutSteps):
             arguments=arguments,
         )
         self.spare_prompts = SparePrompts(train_dataset, self._data_seed)
+        self.add_callback(self.completion_log)
 
     # -- data -----------------------------------------------------------------------------------------------------
     def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:

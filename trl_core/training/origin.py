@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from ..errors import CheckpointError
 from ..models.loading import is_peft
-from .fingerprint import UNKNOWN, described, is_secret
+from .fingerprint import UNKNOWN, described
 from .state import loading
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -76,7 +76,7 @@ def _shown(value: Any) -> str:
 
 
 def compared_options(args: Any) -> dict[str, Any]:
-    """The options that shape the mathematics, whoever defined them; nothing that is secret."""
+    """The options that shape the mathematics, whoever defined them."""
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     free = NOT_SHAPING - _OF_EVALUATION if schedule in _STEERED_BY_EVALUATION else NOT_SHAPING
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -84,7 +84,6 @@ def compared_options(args: Any) -> dict[str, Any]:
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(args)
         if (field.name not in free if field.name in theirs else field.metadata.get("resume", True))
-        and not (field.metadata.get("secret") or is_secret(field.name))
     }
     return {name: described(_plain(value)) for name, value in named.items()}
 

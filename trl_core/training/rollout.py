@@ -67,6 +67,10 @@ def _raise(error: Exception) -> Any:
     raise error
 
 
+def _ignored(column: str, values: Any) -> None:
+    """What evaluations log beside rewards has no place in the log of training."""
+
+
 class RolloutSteps(CoreTrainer):
     """The part of the online trainer that generates and scores."""
 
@@ -164,7 +168,7 @@ class RolloutSteps(CoreTrainer):
         return self.reward_functions.start(
             rollouts,
             trainer_state=self.state,
-            log_extra=self.completion_log.extra,
+            log_extra=self.completion_log.extra if self.context.training else _ignored,
             log_metric=self.context.log,
         )
 
@@ -213,6 +217,11 @@ class RolloutSteps(CoreTrainer):
             return super().train(*args, **kwargs)
         finally:
             self.reward_functions.close()
+            self.completion_log.flush()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.completion_log.flush()  # before: a run that is resumed does not generate again what came before
+        super()._save_checkpoint(model, trial)
 
     def _own_rollouts(self, rows: list[dict[str, Any]], generations: int, *, score: bool) -> Rollouts:
         """The share of this process."""

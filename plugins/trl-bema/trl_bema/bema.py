@@ -226,4 +226,5 @@ algorithm = Algorithm(
     extends="dpo",
     config=BEMAOptions,
     hooks=BEMA,
+    papers={"2508.00180": "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes"},
 )

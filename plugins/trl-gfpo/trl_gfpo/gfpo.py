@@ -72,5 +72,6 @@ algorithm = Algorithm(
     extends="grpo",
     config=GFPOOptions,
     hooks=GFPO,
+    papers={"2508.09726": "Sample More to Think Less: Group Filtered Policy Optimization for Concise Reasoning"},
     arguments={"group_filter_func": "function(group_completions, group_rewards, ...) -> scores, or a built-in's name"},
 )

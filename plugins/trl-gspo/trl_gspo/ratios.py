@@ -47,10 +47,12 @@ class GSPOToken:
         return sequence_log_ratio(samples, result.detach()) + (logps - logps.detach())
 
 
+_PAPERS = {"2507.18071": "Group Sequence Policy Optimization"}
 gspo = Algorithm(
     name="gspo",
     summary="GRPO with one importance ratio per completion, and the clip widths that go with it.",
     extends="grpo",
+    papers=_PAPERS,
     defaults=dict(importance_sampling_level="sequence", loss_type="grpo", beta=0.0, epsilon=3e-4, epsilon_high=4e-4),
 )
 
@@ -60,6 +62,7 @@ gspo_token = Algorithm(
     extends="grpo",
     config=GSPOTokenOptions,
     hooks=GSPOToken,
+    papers=_PAPERS,
     defaults={"importance_sampling_level": "sequence_token", "loss_type": "grpo"},
     arguments={"advantage_func": "function(completion_ids, advantages, ...) -> per completion, a number per token"},
     config_name="GSPOTokenConfig",

@@ -175,6 +175,10 @@ algorithm = Algorithm(
     extends=None,
     config=PPOOptions,
     hooks=PPO,
+    papers={
+        "1707.06347": "Proximal Policy Optimization Algorithms",
+        "1909.08593": "Fine-Tuning Language Models from Human Preferences",
+    },
     arguments={
         "reward_model": "sequence classifier with the policy's tokenizer (id, path or module), or a reward function",
         "value_model": "critic, a sequence classifier with one output (id, path or module); else a head on the policy",
