@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_core import get_config
-from trl_core.cli.flags import fields_of
 from trl_core.cli.main import main
+from trl_core.options import fields_of
 from trl_core.testing import tiny_model, tiny_tokenizer
 from trl_core.training.online import OnlineTrainer
 

@@ -19,6 +19,7 @@ from .algorithm import Algorithm
 from .discovery import AlgorithmInfo
 from .errors import AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
 from .hookspecs import PROJECT, HookContext, HookSpecs, hook_kinds
+from .options import check_options, definer, hints_of
 
 DEFAULTS = "trl_core defaults"
 """Name under which a trainer's own answers are registered."""
@@ -371,6 +372,7 @@ def get_config(name: str, *, require: str | None = None) -> type:
 # -- config classes ---------------------------------------------------------------------------------------------------
 def _make_config(composition: Composition, base: type, options: tuple[type, ...], overrides: dict[str, Any]) -> type:
     def __post_init__(self: Any) -> None:
+        check_options(self)  # before anything computes with the values
         _check_deprecated_options(composition, self)
         base.__post_init__(self)  # type: ignore[attr-defined]
         for option_class in reversed(options):
@@ -381,8 +383,9 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
         return _restore_config, (composition.qualified_name, dict(self.__dict__))
 
     by_name = {f.name: f for cls in (*options, base) for f in dataclasses.fields(cls)}
+    hints = {name: hint for cls in (*options, base) for name, hint in hints_of(cls).items()}
     namespace: dict[str, Any] = {
-        "__annotations__": {name: by_name[name].type for name in overrides},
+        "__annotations__": {name: hints[name] for name in overrides},
         "__module__": __name__,
         "__doc__": f"Options of {composition.name!r}: {composition.own.algorithm.summary}",
         "__post_init__": __post_init__,
@@ -405,9 +408,9 @@ def _check_deprecated_options(composition: Composition, config: Any) -> None:
             continue
         parts = {name: part for part in composition.parts for name in _own_options(part)}
         info = parts[f.name].info
-        definer = next(c for c in type(config).__mro__[1:] if f.name in inspect.get_annotations(c))
         origin = (info.distribution, info.version)
-        if definer.__module__.startswith(f"{__package__}."):  # an option that the core gives to all trainers
+        # An option that the core gives to all trainers.
+        if definer(type(config), f.name).__module__.startswith(f"{__package__}."):
             origin = (discovery.CORE, discovery.core_version())
         what = f"The option {f.name!r} of {info.qualified!r}"
         stability.warn_or_refuse(what, note.removal, note.replacement, *origin)

@@ -18,10 +18,9 @@ from typing import Any
 import importlib_metadata
 
 from ..errors import ConfigError, ConformanceError, ProjectError
-from ..options import require
+from ..options import fields_of, require
 from ..project import Project, check_installed, find_project
 from ..promotion.conformance import FILE, MARKER, Report, read
-from .flags import fields_of
 from .flags import read as read_value
 from .list import make_console, print_rows
 

@@ -7,31 +7,20 @@ argparse's own.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import enum
 import inspect
-import re
 import types
 import typing
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..options import Field, fields_of, kinds, type_name
 
 if TYPE_CHECKING:
     from ..composition import Composition
 
-Field = dataclasses.Field[Any]
 TRAINER, LIBRARY = "trainer", "transformers.TrainingArguments"
 _BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-
-
-def fields_of(config: type) -> list[Field]:
-    """The fields of a dataclass with `type` resolved, `default` filled in and plain help."""
-    hints, fields = typing.get_type_hints(config), [copy.copy(f) for f in dataclasses.fields(config)]
-    for f in fields:
-        f.type = hints[f.name]
-        f.default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    return fields
 
 
 def groups_of(composition: Composition) -> dict[str, list[Field]]:
@@ -48,24 +37,6 @@ def groups_of(composition: Composition) -> dict[str, list[Field]]:
     for f in fields_of(composition.config_class):
         groups[owners[f.name]].append(f)
     return {owner: fields for owner, fields in groups.items() if fields}
-
-
-def help_of(f: Field) -> str:
-    """The help of an option, as one line."""
-    return " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
-
-
-def type_name(hint: Any) -> str:
-    """A type as one writes it: `float | None`."""
-    return re.sub(r"\w+\.|<\w+ '|'>", "", str(hint)).replace("NoneType", "None")
-
-
-def kinds(hint: Any) -> Iterable[Any]:
-    """The types that a value may have in the order to try them: None first, and text, which everything is, last."""
-    union = typing.get_origin(hint) in (Union, types.UnionType)
-    return sorted(
-        typing.get_args(hint) if union else (hint,), key=lambda kind: (kind is str) - (kind is types.NoneType)
-    )
 
 
 def is_list(hint: Any) -> bool:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RewardError
-from ..options import option, require
-from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
+from ..options import Field, fields_of, help_of, kinds, option, require
+from .flags import groups_of, is_list, read
 
 
 @dataclasses.dataclass
