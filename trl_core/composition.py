@@ -17,7 +17,7 @@ import pluggy
 from . import discovery, stability
 from .algorithm import Algorithm
 from .discovery import AlgorithmInfo
-from .errors import AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
+from .errors import AlgorithmNotFoundError, AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
 from .hookspecs import PROJECT, HookContext, HookSpecs, hook_kinds
 from .options import check_options, definer, hints_of
 
@@ -305,8 +305,10 @@ def compose(name: str, *, require: str | None = None, warn: bool = True) -> Comp
     parts: dict[str, Part] = {}
     roots: dict[str, str] = {}
     asked: list[Part] = []
-    for spelling in (piece.strip() for piece in name.split("+")):
+    for spelling in _spellings(name):
         info = discovery.find(spelling)
+        if info.qualified in (part.info.qualified for part in asked):
+            raise CompositionError(f"{name!r} names {spelling!r} twice.", mend="Name each algorithm once.")
         lineage = _lineage(Part(info, discovery.load(info)))
         roots[spelling] = lineage[0].algorithm.name
         asked.append(lineage[-1])
@@ -357,6 +359,17 @@ def _lineage(part: Part) -> list[Part]:
             mend="Give Algorithm(extends=...), or both trainer='module:Class' and config=....",
         )
     return line
+
+
+def _spellings(name: Any) -> list[str]:
+    """The names in a composition, of which none is empty."""
+    pieces = [piece.strip() for piece in name.split("+")] if isinstance(name, str) else []
+    if not all(pieces) or not pieces:
+        raise AlgorithmNotFoundError(
+            f"{name!r} ({type(name).__name__}) is not the name of an algorithm, nor several joined by '+'.",
+            mend="Pass a name that `trl-core list` shows, such as 'grpo', or 'gfpo+replay'.",
+        )
+    return pieces
 
 
 def get_trainer(name: str, *, require: str | None = None) -> type:

@@ -33,7 +33,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "le": ("at most", operator.le),
     "lt": ("below", operator.lt),
 }
-_HIDDEN = re.compile("token|secret|passw|api_?key|credential")
+_SECRETS = re.compile("(^|_)(token|secret|password|api_?key|credentials?)$")
 
 
 # -- declaring --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,8 @@ def fields_of(config: type) -> tuple[Field, ...]:
         bounds = own or {bound: limits[bound] for bound in (*_BOUNDS, "whole_from") if bound in limits}
         f.default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         choices = tuple(f.metadata.get("choices") or limits.get("choices") or ())
-        f.metadata = types.MappingProxyType({**limits, **f.metadata, "range": bounds, "choices": choices})
+        more = {"range": bounds, "choices": choices, "owner": definer(config, f.name)}
+        f.metadata = types.MappingProxyType({**limits, **f.metadata, **more})
     return tuple(found)
 
 
@@ -171,10 +172,7 @@ def check_options(config: Any) -> None:
     cls: Any = type(config)
     for f in fields_of(cls):
         value = getattr(config, f.name)
-        try:
-            plain = fitted(value, f)
-        except TypeError:
-            raise _refusal(cls, f, value) from None
+        plain = checked(value, f)
         if plain is not value:
             setattr(config, f.name, plain)
 
@@ -188,12 +186,16 @@ def check_names(config: type, given: Iterable[str]) -> None:
             raise UnknownOptionError(what, mend="Check the spelling; `trl-core info NAME --all` lists all options.")
 
 
-def fitted(value: Any, f: Field) -> Any:
-    """The value of an option as a plain one of the first of its types that it fits.
+def checked(value: Any, f: Field) -> Any:
+    """The value of an option of `fields_of` as a plain one; `ConfigError` if it does not fit."""
+    try:
+        return _fitted(value, f)
+    except TypeError:
+        raise _refusal(f, value) from None
 
-    Raises:
-        TypeError: it fits none.
-    """
+
+def _fitted(value: Any, f: Field) -> Any:
+    """The value as a plain one of the first of the option's types that it fits; `TypeError` if it fits none."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         with contextlib.suppress(RuntimeError):  # of a tensor without data
             value = value.item()
@@ -211,7 +213,7 @@ def _of_kind(value: Any, kind: Any, f: Field) -> Any:
     if origin is list and isinstance(value, list | tuple):
         item = copy.copy(f)
         item.type = (typing.get_args(kind) or (Any,))[0]
-        items = [fitted(each, item) for each in value]
+        items = [_fitted(each, item) for each in value]
         return value if type(value) is list and all(map(operator.is_, items, value)) else items
     if _is_enum(kind):
         kind(value)  # raises if there is no such member
@@ -268,25 +270,36 @@ def _bounds(limits: Mapping[str, Any]) -> str:
     return " and ".join(f"{word} {limits[bound]}" for bound, (word, _) in _BOUNDS.items() if bound in limits)
 
 
+def _choices(f: Field) -> list[Any]:
+    """The values that are told apart by name: those of the option, of enumerations, and literal ones."""
+    found = [*f.metadata["choices"]]
+    for kind in kinds(f.type):
+        found += [member.value for member in kind] if _is_enum(kind) else []
+        found += typing.get_args(kind) if typing.get_origin(kind) is Literal else []
+    return found
+
+
+def _word(kind: Any) -> str:
+    return _WORDS.get(kind, f"a {type_name(kind)}")
+
+
 def _expected(f: Field) -> str:
     """What an option takes, in words."""
-    limits, choices = f.metadata["range"], list(map(repr, f.metadata["choices"]))
+    limits, choices = f.metadata["range"], list(map(repr, _choices(f)))
     words, bounds = [], _bounds(limits)
     for kind in kinds(f.type):
         origin = typing.get_origin(kind) or kind
-        if _is_enum(kind):
-            choices += [repr(member.value) for member in kind]
-        elif origin is Literal:
-            choices += map(repr, typing.get_args(kind))
-        elif kind in (int, float) and (bounds or not choices):
+        if kind in (int, float) and (bounds or not choices):
             words.append(f"{_WORDS[kind]} {bounds}".strip())
         elif origin is list:
-            of = typing.get_args(kind)[:1]
-            words.append(f"a list of {_WORDS.get(of[0], '').removeprefix('a ')}s {bounds}".strip() if of else "a list")
+            items = [f"of {_word(item).removeprefix('a ')}s" for item in typing.get_args(kind)]
+            words.append(" ".join(["a list", *items, bounds]).strip())
         elif origin is dict:
             words.append("a mapping, or the same as JSON text" if str in kinds(f.type) else "a mapping")
-        elif kind is not types.NoneType and not (kind in _WORDS and (choices or _is_mapping(f))):
-            words.append(_WORDS.get(kind, f"a {getattr(origin, '__name__', origin)}"))
+        elif kind in _WORDS and (choices or _is_mapping(f)):
+            continue
+        elif not _is_enum(kind) and origin not in (Literal, types.NoneType):
+            words.append(_word(kind))
     if "whole_from" in limits:
         words = [f"a whole number of at least {limits['whole_from']}", f"a share of the run {bounds} and below 1"]
     words += [f"one of {', '.join(choices)}"] if choices else []
@@ -294,9 +307,10 @@ def _expected(f: Field) -> str:
     return ", or ".join(words)
 
 
-def _refusal(config: type, f: Field, value: Any) -> ConfigError:
-    expected, owner = _expected(f), definer(config, f.name)
-    hidden = f.metadata.get("secret") or _HIDDEN.search(f.name) or _is_mapping(f)
+def _refusal(f: Field, value: Any) -> ConfigError:
+    expected, owner = _expected(f), f.metadata["owner"]
+    named = _SECRETS.search(f.name) and not f.metadata["choices"]
+    hidden = f.metadata.get("secret") or named or _is_mapping(f)
     shown = "..." if hidden else reprlib.repr(value)
     if not isinstance(value, int | float | None) or isinstance(value, enum.Enum):
         shown += f" ({type(value).__name__})"
@@ -304,7 +318,7 @@ def _refusal(config: type, f: Field, value: Any) -> ConfigError:
         expected += ", in 64 bits"
     what = f"{f.name}={shown} is not {expected}; it is an option of {owner.__name__} in {owner.__module__}."
     hint = ", without quotes" if isinstance(value, str) and "number" in expected else ""
-    hint += f".{did_you_mean(value, f.metadata['choices'])}" if isinstance(value, str) else "."
+    hint += f".{did_you_mean(value, _choices(f))}" if isinstance(value, str) else "."
     given = "one of these" if len(expected) > 100 else expected
     return ConfigError(what, mend=f"Give {given}{hint} {f.name}: {help_of(f)}")
 

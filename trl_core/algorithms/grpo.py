@@ -39,6 +39,7 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
     """Options of GRPO; names and defaults are TRL's."""
 
     learning_rate: float = option(1e-6, "Initial learning rate.", resume=False)
+    num_generations: int = option(8, "G, completions per prompt.", ge=2)
     beta: float = option(0.0, "Weight of the KL term; 0 loads no reference model.", ge=0)
     use_bias_correction_kl: bool = option(
         True, "Multiply the KL estimate by the ratio (DeepSeek-V3.2); TRL up to 1.10 did not."
@@ -54,7 +55,7 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
     loss_type: str = option("dapo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.", choices=LOSS_TYPES)
     scale_rewards: str | bool = option(
         "group",
-        "Divide advantages by the std of the 'group', the 'batch', or 'none'.",
+        "Divide advantages by the std of the 'group' (True), the 'batch', or 'none' (False).",
         choices=("group", "batch", "none", True, False),
     )
     multi_objective_aggregation: str = option(
@@ -84,7 +85,9 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
         True, "Correct for a sampler whose log-probabilities differ; acts when the generation backend reports them."
     )
     vllm_importance_sampling_mode: str = option(
-        "sequence_mask", "token_ or sequence_, truncate or mask.", choices=SAMPLER_MODES
+        "sequence_mask",
+        "What happens to ratios beyond their bounds, per token or per completion.",
+        choices=SAMPLER_MODES,
     )
     vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of the sampler's ratio.", gt=0)
     vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the sampler's ratio.", ge=0)

@@ -14,7 +14,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..options import Field, fields_of, kinds, type_name
+from ..options import Field, checked, fields_of, kinds
 
 if TYPE_CHECKING:
     from ..composition import Composition
@@ -44,16 +44,22 @@ def is_list(hint: Any) -> bool:
     return any(list in (kind, typing.get_origin(kind)) for kind in kinds(hint))
 
 
-def read(value: Any, hint: Any) -> Any:
-    """A value of a YAML file or a command line in the first of its types that it fits.
+def read(value: Any, f: Field) -> Any:
+    """A value of a YAML file or a command line in the first of the option's types that it fits.
 
     Raises:
-        TypeError: it fits none.
+        ConfigError: it fits none, or is out of range.
     """
+    with contextlib.suppress(TypeError):
+        value = _read(value, f.type)
+    return checked(value, f)
+
+
+def _read(value: Any, hint: Any) -> Any:
     for kind in kinds(hint):
         with contextlib.suppress(TypeError, ValueError, KeyError):
             return _as(kind, typing.get_origin(kind) or kind, value)
-    raise TypeError(f"{value!r} is no {type_name(hint)}")
+    raise TypeError
 
 
 def _as(kind: Any, origin: Any, value: Any) -> Any:
@@ -67,7 +73,7 @@ def _as(kind: Any, origin: Any, value: Any) -> Any:
         return kind(str(value))
     if origin is list:
         (item,) = typing.get_args(kind) or (Any,)
-        return [read(entry, item) for entry in (value if isinstance(value, list) else [value])]
+        return [_read(entry, item) for entry in (value if isinstance(value, list) else [value])]
     if origin is dict or dataclasses.is_dataclass(origin):
         return typing.cast(Any, origin)(**value)
     if isinstance(origin, type) and issubclass(origin, enum.Enum):

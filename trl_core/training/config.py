@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..errors import ConfigError
-from ..options import check_names, check_options, option, require
+from ..options import check_names, check_options, did_you_mean, option, require
 
 logger = logging.getLogger(__name__)
+_TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
 LOSS_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -148,6 +150,9 @@ class CoreConfig(TrainingArguments):
         except Exception as error:
             what = f"transformers refuses the options: {error}"
             raise ConfigError(what, mend="Change the option that is named.") from error
+        for tracker in self.report_to or ():
+            what = f"report_to={tracker!r} is no tracker that transformers knows.{did_you_mean(tracker, _TRACKERS)}"
+            require(tracker in _TRACKERS, what, f"Use some of: {', '.join(_TRACKERS)}; or 'none'.")
 
     def to_dict(self) -> dict[str, Any]:
         """All options; transformers takes every name that ends in "_token" for a secret, but ours are none."""
