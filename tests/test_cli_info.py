@@ -45,7 +45,7 @@ def test_info_shows_each_part_with_its_distribution_and_tag(info):
 def test_info_shows_an_option_with_type_default_and_help(info):
     rows = tables(info("grpo"))["Options of grpo"]
     assert rows[0] == ["option", "type", "default", "help"]
-    assert ["beta", "float", "0.0", "Weight of the KL term; 0 loads no reference model."] in rows
+    assert ["beta", "float", "0.0", "Weight of the KL term; 0 loads no reference model. At least 0."] in rows
 
 
 def test_info_puts_options_under_who_defines_them(record):

@@ -11,8 +11,8 @@ from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_core import get_config, get_trainer
-from trl_core.cli.flags import fields_of
 from trl_core.cli.main import main
+from trl_core.options import fields_of
 from trl_core.testing import tiny_model, tiny_tokenizer
 
 from .helpers_cli import flags, metrics, train

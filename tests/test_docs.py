@@ -23,10 +23,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_core import errors, get_config, get_trainer, hookspecs, list_algorithms
-from trl_core.cli.flags import fields_of, groups_of
+from trl_core.cli.flags import groups_of
 from trl_core.cli.main import COMMANDS, main
 from trl_core.cli.train import RunOptions
 from trl_core.composition import _check_hooks, compose
+from trl_core.options import fields_of
 from trl_core.testing import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

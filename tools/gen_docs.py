@@ -30,14 +30,14 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_core import AlgorithmInfo
-    from trl_core.cli.flags import Field
+    from trl_core.options import Field
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("*.md", "docs/**/*.md", "plugins/*/*.md")
@@ -93,8 +93,8 @@ def options(name: str, owner: str) -> str:
     return _options(groups_of(compose(name))[owner])
 
 
-def _options(found: list[Field]) -> str:
-    from trl_core.cli.flags import help_of, type_name
+def _options(found: Iterable[Field]) -> str:
+    from trl_core.options import help_of, type_name
 
     rows = [[f"`{f.name}`", f"`{type_name(f.type)}`", _value(f.default), help_of(f)] for f in found]
     return table(["option", "type", "default", "what it does"], rows)
@@ -105,7 +105,7 @@ def _value(value: object) -> str:
 
 
 def _fields_of_own(cls: type) -> list[Field]:
-    from trl_core.cli.flags import fields_of
+    from trl_core.options import fields_of
 
     return [f for f in fields_of(cls) if f.name in inspect.get_annotations(cls)]
 
@@ -142,8 +142,9 @@ def _also(cls: type) -> str:
 
 def _options_of(info: AlgorithmInfo) -> list[str]:
     """The section of an algorithm: where it comes from, its own options, the defaults it changes, its arguments."""
-    from trl_core.cli.flags import fields_of, groups_of
+    from trl_core.cli.flags import groups_of
     from trl_core.composition import compose
+    from trl_core.options import fields_of
 
     composition = compose(info.qualified, warn=False)
     algorithm = composition.own.algorithm
@@ -165,8 +166,8 @@ def _changed(classes: list[type]) -> str:
     """The options of transformers that a class of ours defines anew."""
     from transformers import TrainingArguments
 
-    from trl_core.cli.flags import fields_of
     from trl_core.composition import compose
+    from trl_core.options import fields_of
 
     theirs = {f.name: f.default for f in fields_of(TrainingArguments)}
     configs = dict.fromkeys([*classes, *(compose(info.qualified, warn=False).root.config for info in _ours())])
@@ -296,8 +297,8 @@ def _spelling(action: argparse.Action) -> tuple[str, bool]:
 
 def run() -> str:
     """The keys of a run."""
-    from trl_core.cli.flags import fields_of
     from trl_core.cli.train import RunOptions
+    from trl_core.options import fields_of
 
     return _options(fields_of(RunOptions))
 

@@ -35,6 +35,7 @@ _HOMES = {
     "TokenRows": "batch",
     "Stability": "stability",
     "StepLineCallback": "training.callbacks",
+    "check_options": "options",
     "deprecated": "stability",
     "get_config": "composition",
     "get_trainer": "composition",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .hookspecs import HookContext as HookContext
     from .hookspecs import hookimpl as hookimpl
     from .models.reference import reference_parameters as reference_parameters
+    from .options import check_options as check_options
     from .options import option as option
     from .options import require as require
     from .options import require_choice as require_choice

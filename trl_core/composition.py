@@ -17,8 +17,9 @@ import pluggy
 from . import discovery, stability
 from .algorithm import Algorithm
 from .discovery import AlgorithmInfo
-from .errors import AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
+from .errors import AlgorithmNotFoundError, AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
 from .hookspecs import PROJECT, HookContext, HookSpecs, hook_kinds
+from .options import check_options, definer, hints_of
 
 DEFAULTS = "trl_core defaults"
 """Name under which a trainer's own answers are registered."""
@@ -304,8 +305,10 @@ def compose(name: str, *, require: str | None = None, warn: bool = True) -> Comp
     parts: dict[str, Part] = {}
     roots: dict[str, str] = {}
     asked: list[Part] = []
-    for spelling in (piece.strip() for piece in name.split("+")):
+    for spelling in _spellings(name):
         info = discovery.find(spelling)
+        if info.qualified in (part.info.qualified for part in asked):
+            raise CompositionError(f"{name!r} names {spelling!r} twice.", mend="Name each algorithm once.")
         lineage = _lineage(Part(info, discovery.load(info)))
         roots[spelling] = lineage[0].algorithm.name
         asked.append(lineage[-1])
@@ -358,6 +361,17 @@ def _lineage(part: Part) -> list[Part]:
     return line
 
 
+def _spellings(name: Any) -> list[str]:
+    """The names in a composition, of which none is empty."""
+    pieces = [piece.strip() for piece in name.split("+")] if isinstance(name, str) else []
+    if not all(pieces) or not pieces:
+        raise AlgorithmNotFoundError(
+            f"{name!r} ({type(name).__name__}) is not the name of an algorithm, nor several joined by '+'.",
+            mend="Pass a name that `trl-core list` shows, such as 'grpo', or 'gfpo+replay'.",
+        )
+    return pieces
+
+
 def get_trainer(name: str, *, require: str | None = None) -> type:
     """The trainer class of an algorithm or composition; used like any `transformers.Trainer`. See `compose`."""
     return compose(name, require=require).trainer_class
@@ -371,6 +385,7 @@ def get_config(name: str, *, require: str | None = None) -> type:
 # -- config classes ---------------------------------------------------------------------------------------------------
 def _make_config(composition: Composition, base: type, options: tuple[type, ...], overrides: dict[str, Any]) -> type:
     def __post_init__(self: Any) -> None:
+        check_options(self)  # before anything computes with the values
         _check_deprecated_options(composition, self)
         base.__post_init__(self)  # type: ignore[attr-defined]
         for option_class in reversed(options):
@@ -381,8 +396,9 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
         return _restore_config, (composition.qualified_name, dict(self.__dict__))
 
     by_name = {f.name: f for cls in (*options, base) for f in dataclasses.fields(cls)}
+    hints = {name: hint for cls in (*options, base) for name, hint in hints_of(cls).items()}
     namespace: dict[str, Any] = {
-        "__annotations__": {name: by_name[name].type for name in overrides},
+        "__annotations__": {name: hints[name] for name in overrides},
         "__module__": __name__,
         "__doc__": f"Options of {composition.name!r}: {composition.own.algorithm.summary}",
         "__post_init__": __post_init__,
@@ -405,9 +421,9 @@ def _check_deprecated_options(composition: Composition, config: Any) -> None:
             continue
         parts = {name: part for part in composition.parts for name in _own_options(part)}
         info = parts[f.name].info
-        definer = next(c for c in type(config).__mro__[1:] if f.name in inspect.get_annotations(c))
         origin = (info.distribution, info.version)
-        if definer.__module__.startswith(f"{__package__}."):  # an option that the core gives to all trainers
+        # An option that the core gives to all trainers.
+        if definer(type(config), f.name).__module__.startswith(f"{__package__}."):
             origin = (discovery.CORE, discovery.core_version())
         what = f"The option {f.name!r} of {info.qualified!r}"
         stability.warn_or_refuse(what, note.removal, note.replacement, *origin)

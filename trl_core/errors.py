@@ -66,6 +66,10 @@ class ConfigError(TRLCoreError, ValueError):
     """An option, or a combination of options, is invalid."""
 
 
+class UnknownOptionError(ConfigError, TypeError):
+    """A configuration, or a trainer, was given a keyword that it does not know."""
+
+
 class DatasetError(TRLCoreError, ValueError):
     """The dataset does not have the form the algorithm needs."""
 

@@ -14,7 +14,7 @@ from .. import install
 from ..algorithm import Algorithm
 from ..batch import Rollouts, Samples
 from ..hookspecs import HookContext, hookimpl
-from ..options import option, require, require_choice
+from ..options import option, require
 from ..stages.advantages import group_advantages, normalize_then_sum
 from ..stages.aggregate import TokenMean
 from ..stages.policy_loss import (
@@ -40,43 +40,58 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
     """Options of GRPO; names and defaults are TRL's."""
 
     learning_rate: float = option(1e-6, "Initial learning rate.")
-    beta: float = option(0.0, "Weight of the KL term; 0 loads no reference model.")
+    num_generations: int = option(8, "G, completions per prompt.", ge=2)
+    beta: float = option(0.0, "Weight of the KL term; 0 loads no reference model.", ge=0)
     use_bias_correction_kl: bool = option(
         True, "Multiply the KL estimate by the ratio (DeepSeek-V3.2); TRL up to 1.10 did not."
     )
-    epsilon: float = option(0.2, "Lower clip width of the ratio, and the upper one unless epsilon_high is set.")
-    epsilon_high: float | None = option(None, "Upper clip width (DAPO: 0.28); for cispo the absolute cap (5.0).")
-    delta: float | None = option(None, "Upper bound of the ratio for negative advantages (two-sided clipping).")
+    epsilon: float = option(0.2, "Lower clip width of the ratio, and the upper one unless epsilon_high is set.", ge=0)
+    epsilon_high: float | None = option(None, "Upper clip width (DAPO: 0.28); for cispo the absolute cap (5.0).", ge=0)
+    delta: float | None = option(None, "Upper bound of the ratio for negative advantages (two-sided clipping).", gt=0)
     importance_sampling_level: str = option(
-        "token", "'token', 'sequence' (GSPO), or with the algorithm gspo_token 'sequence_token'."
+        "token",
+        "'token', 'sequence' (GSPO), or with the algorithm gspo_token 'sequence_token'.",
+        choices=("token", "sequence", "sequence_token"),
     )
-    loss_type: str = option("dapo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.")
-    scale_rewards: str | bool = option("group", "Divide advantages by the std of the 'group', the 'batch', or 'none'.")
+    loss_type: str = option("dapo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.", choices=LOSS_TYPES)
+    scale_rewards: str | bool = option(
+        "group",
+        "Divide advantages by the std of the 'group' (True), the 'batch', or 'none' (False).",
+        choices=("group", "batch", "none", True, False),
+    )
     multi_objective_aggregation: str = option(
-        "sum_then_normalize", "'sum_then_normalize', or 'normalize_then_sum' (GDPO)."
+        "sum_then_normalize",
+        "'sum_then_normalize', or 'normalize_then_sum' (GDPO).",
+        choices=("sum_then_normalize", "normalize_then_sum"),
     )
-    sapo_temperature_pos: float = option(1.0, "sapo: temperature for positive advantages.")
-    sapo_temperature_neg: float = option(1.05, "sapo: temperature for the others.")
-    vespo_k_pos: float = option(2.0, "vespo: exponent for non-negative advantages.")
-    vespo_lambda_pos: float = option(3.0, "vespo: decay for non-negative advantages.")
-    vespo_k_neg: float = option(3.0, "vespo: exponent for negative advantages.")
-    vespo_lambda_neg: float = option(2.0, "vespo: decay for negative advantages.")
-    top_entropy_quantile: float = option(1.0, "Share of tokens, by entropy, that the policy term trains (0.2).")
+    sapo_temperature_pos: float = option(1.0, "sapo: temperature for positive advantages.", gt=0)
+    sapo_temperature_neg: float = option(1.05, "sapo: temperature for the others.", gt=0)
+    vespo_k_pos: float = option(2.0, "vespo: exponent for non-negative advantages.", ge=0)
+    vespo_lambda_pos: float = option(3.0, "vespo: decay for non-negative advantages.", ge=0)
+    vespo_k_neg: float = option(3.0, "vespo: exponent for negative advantages.", ge=0)
+    vespo_lambda_neg: float = option(2.0, "vespo: decay for negative advantages.", ge=0)
+    top_entropy_quantile: float = option(
+        1.0, "Share of tokens, by entropy, that the policy term trains (0.2).", ge=0, le=1
+    )
     off_policy_mask_threshold: float | None = option(
-        None, "Leave out rows with negative advantage that drifted further than this (mean log-ratio)."
+        None, "Leave out rows with negative advantage that drifted further than this (mean log-ratio).", ge=0
     )
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
     use_adaptive_entropy: bool = option(False, "Adapt entropy_coef to entropy_target (Skywork-OR1).")
     entropy_coef_min: float = option(0.0, "Least adaptive coefficient.")
     entropy_coef_max: float = option(1.0, "Largest adaptive coefficient.")
-    entropy_coef_delta: float = option(0.005, "Change of the adaptive coefficient per optimizer step.")
-    entropy_target: float = option(0.2, "Entropy below which the adaptive bonus acts.")
+    entropy_coef_delta: float = option(0.005, "Change of the adaptive coefficient per optimizer step.", ge=0)
+    entropy_target: float = option(0.2, "Entropy below which the adaptive bonus acts.", ge=0)
     vllm_importance_sampling_correction: bool = option(
         True, "Correct for a sampler whose log-probabilities differ; acts when the generation backend reports them."
     )
-    vllm_importance_sampling_mode: str = option("sequence_mask", "token_ or sequence_, truncate or mask.")
-    vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of the sampler's ratio.")
-    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the sampler's ratio.")
+    vllm_importance_sampling_mode: str = option(
+        "sequence_mask",
+        "What happens to ratios beyond their bounds, per token or per completion.",
+        choices=SAMPLER_MODES,
+    )
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "Upper bound of the sampler's ratio.", gt=0)
+    vllm_importance_sampling_clip_min: float | None = option(None, "Lower bound of the sampler's ratio.", ge=0)
 
     minimum_generations = 2
     importance_sampling_levels = ("token", "sequence")
@@ -101,20 +116,11 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        require_choice(self, "loss_type", LOSS_TYPES)
-        require_choice(self, "scale_rewards", ("group", "batch", "none"))
-        require_choice(self, "multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
-        require_choice(self, "vllm_importance_sampling_mode", SAMPLER_MODES)
         require(
             self.loss_type != "cispo" or (self.epsilon_high or 0.0) >= 1.0,
             f"loss_type='cispo' with epsilon_high={self.epsilon_high}: there it is the absolute cap of the ratio, and "
             "a cap below 1 would only rescale the loss.",
             "Set epsilon_high, for example to 5.0.",
-        )
-        require(
-            0.0 <= self.top_entropy_quantile <= 1.0,
-            f"top_entropy_quantile={self.top_entropy_quantile} is not between 0 and 1.",
-            "Give the share of tokens to keep; 1 turns it off.",
         )
         truncates = self.vllm_importance_sampling_mode.endswith("truncate")
         bounds = (self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max)
@@ -123,6 +129,13 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
             f"vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r} has no bound to truncate at.",
             "Set vllm_importance_sampling_clip_max or _clip_min.",
         )
+        self._check_order("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max")
+        self._check_order("entropy_coef_min", "entropy_coef_max")
+
+    def _check_order(self, low: str, high: str) -> None:
+        least, most = getattr(self, low), getattr(self, high)
+        fits = least is None or most is None or least <= most
+        require(fits, f"{low}={least} is above {high}={most}.", "Change one of them.")
 
 
 class GRPO:

@@ -19,10 +19,12 @@ class RewardConfig(OfflineConfig):
     """Options of reward modelling; names and defaults are TRL's."""
 
     learning_rate: float = option(1e-4, "Initial learning rate.")
-    max_length: int | None = option(1024, "Rows with more tokens are left out; cutting would remove the scored place.")
+    max_length: int | None = option(
+        1024, "Rows with more tokens are left out; cutting would remove the scored place.", ge=2
+    )
     disable_dropout: bool = option(True, "Set every dropout probability to 0.")
     center_rewards_coefficient: float | None = option(
-        None, "Weight of the squared sum of the two scores, which keeps their mean at 0; the paper uses 0.01."
+        None, "Weight of the squared sum of the two scores, which keeps their mean at 0; the paper uses 0.01.", ge=0
     )
 
 

@@ -11,7 +11,7 @@ from ..algorithm import Algorithm
 from ..batch import Texts
 from ..data.packing import STRATEGIES
 from ..hookspecs import HookContext, hookimpl
-from ..options import option, require, require_choice
+from ..options import option, require
 from ..stages.supervised_loss import dft, token_nll
 from ..training.config import OfflineConfig
 
@@ -25,7 +25,9 @@ class SFTConfig(OfflineConfig):
     """Options of SFT; names and defaults are TRL's."""
 
     learning_rate: float = option(2e-5, "Initial learning rate.")
-    loss_type: str = option("nll", "'nll', or 'dft': each token weighted by its own probability.")
+    loss_type: str = option(
+        "nll", "'nll', or 'dft': each token weighted by its own probability.", choices=(*LOSS_TYPES, *ALIASES)
+    )
     completion_only_loss: bool | None = option(
         None, "Learn only the completion; default: where rows have a prompt and a completion."
     )
@@ -36,6 +38,7 @@ class SFTConfig(OfflineConfig):
         "predicted",
         "Denominator of the loss: 'predicted' counts the tokens that are learned; 'labels' also counts the first token "
         "of each row, which nothing predicts, as transformers up to 5.3 did.",
+        choices=("predicted", "labels"),
     )
     dataset_text_field: str = option("text", "Column of plain texts.")
     packing: bool = option(False, "Put several rows into one of max_length tokens; needs max_length.")
@@ -43,6 +46,7 @@ class SFTConfig(OfflineConfig):
         "bfd",
         "'bfd': whole rows, cut to max_length. 'bfd_split': long rows in several pieces. 'wrapped': everything end to "
         "end, cut every max_length tokens, where rows see those before them in the piece.",
+        choices=STRATEGIES,
     )
     eval_packing: bool | None = option(None, "The same for evaluation; default: as packing.")
     shuffle_dataset: bool = option(False, "Shuffle the rows once, before they are packed.")
@@ -55,9 +59,6 @@ class SFTConfig(OfflineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss_type = ALIASES.get(self.loss_type, self.loss_type)
-        require_choice(self, "loss_type", LOSS_TYPES)
-        require_choice(self, "packing_strategy", STRATEGIES)
-        require_choice(self, "token_normalizer", ("predicted", "labels"))
         require(
             not ((self.packing or self.eval_packing) and self.max_length is None),
             "packing=True with max_length=None: the length of the packed rows is not known.",

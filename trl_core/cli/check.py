@@ -18,11 +18,10 @@ from typing import Any
 import importlib_metadata
 
 from .. import install
-from ..errors import ConfigError, ConformanceError, ProjectError
-from ..options import require
+from ..errors import ConformanceError, ProjectError
+from ..options import fields_of, require
 from ..project import Project, check_installed, find_project
 from ..promotion.conformance import FILE, MARKER, Report, read
-from .flags import fields_of
 from .flags import read as read_value
 from .list import make_console, print_rows
 
@@ -101,10 +100,7 @@ def _options(name: str, settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         option, _, value = setting.partition("=")
         require(option in fields, f"{name!r} has no option {option!r}.", f"See trl-core info {name}.")
-        try:
-            options[option] = read_value(value, fields[option].type)
-        except TypeError as error:
-            raise ConfigError(f"{option}: {error}.", mend=f"See trl-core info {name}.") from error
+        options[option] = read_value(value, fields[option])
     return options
 
 

@@ -11,31 +11,18 @@ import copy
 import dataclasses
 import enum
 import inspect
-import re
 import types
 import typing
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..options import Field, checked, fields_of, kinds
 from ..redaction import HIDDEN, marked_in, redacted
 
 if TYPE_CHECKING:
     from ..composition import Composition
 
-Field = dataclasses.Field[Any]
 TRAINER, LIBRARY = "trainer", "transformers.TrainingArguments"
 _BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-
-
-def fields_of(config: type) -> list[Field]:
-    """The fields of a dataclass with `type` resolved, `default` filled in unless it is secret, and plain help."""
-    hints, fields = typing.get_type_hints(config), [copy.copy(f) for f in dataclasses.fields(config)]
-    for f in fields:
-        f.type = hints[f.name]
-        f.default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if redacted({f.name: f.default}, marked=marked_in([f]))[f.name] == HIDDEN:
-            f.default = HIDDEN
-    return fields
 
 
 def groups_of(composition: Composition) -> dict[str, list[Field]]:
@@ -49,27 +36,11 @@ def groups_of(composition: Composition) -> dict[str, list[Field]]:
             owners |= dict.fromkeys(inspect.get_annotations(cls), owner)
     groups: dict[str, list[Field]] = {part.algorithm.name: [] for part in reversed(composition.parts)}
     groups |= {TRAINER: [], LIBRARY: []}
-    for f in fields_of(composition.config_class):
+    for f in map(copy.copy, fields_of(composition.config_class)):
+        if redacted({f.name: f.default}, marked=marked_in([f]))[f.name] == HIDDEN:
+            f.default = HIDDEN
         groups[owners[f.name]].append(f)
     return {owner: fields for owner, fields in groups.items() if fields}
-
-
-def help_of(f: Field) -> str:
-    """The help of an option, as one line."""
-    return " ".join(str(f.metadata.get("help", "")).replace("%%", "%").split())
-
-
-def type_name(hint: Any) -> str:
-    """A type as one writes it: `float | None`."""
-    return re.sub(r"\w+\.|<\w+ '|'>", "", str(hint)).replace("NoneType", "None")
-
-
-def kinds(hint: Any) -> Iterable[Any]:
-    """The types that a value may have in the order to try them: None first, and text, which everything is, last."""
-    union = typing.get_origin(hint) in (Union, types.UnionType)
-    return sorted(
-        typing.get_args(hint) if union else (hint,), key=lambda kind: (kind is str) - (kind is types.NoneType)
-    )
 
 
 def is_list(hint: Any) -> bool:
@@ -77,16 +48,22 @@ def is_list(hint: Any) -> bool:
     return any(list in (kind, typing.get_origin(kind)) for kind in kinds(hint))
 
 
-def read(value: Any, hint: Any) -> Any:
-    """A value of a YAML file or a command line in the first of its types that it fits.
+def read(value: Any, f: Field) -> Any:
+    """A value of a YAML file or a command line in the first of the option's types that it fits.
 
     Raises:
-        TypeError: it fits none.
+        ConfigError: it fits none, or is out of range.
     """
+    with contextlib.suppress(TypeError):
+        value = _read(value, f.type)
+    return checked(value, f)
+
+
+def _read(value: Any, hint: Any) -> Any:
     for kind in kinds(hint):
         with contextlib.suppress(TypeError, ValueError, KeyError):
             return _as(kind, typing.get_origin(kind) or kind, value)
-    raise TypeError(f"{value!r} is no {type_name(hint)}")
+    raise TypeError
 
 
 def _as(kind: Any, origin: Any, value: Any) -> Any:
@@ -100,7 +77,7 @@ def _as(kind: Any, origin: Any, value: Any) -> Any:
         return kind(str(value))
     if origin is list:
         (item,) = typing.get_args(kind) or (Any,)
-        return [read(entry, item) for entry in (value if isinstance(value, list) else [value])]
+        return [_read(entry, item) for entry in (value if isinstance(value, list) else [value])]
     if origin is dict or dataclasses.is_dataclass(origin):
         return typing.cast(Any, origin)(**value)
     if isinstance(origin, type) and issubclass(origin, enum.Enum):

@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from ..hookspecs import hook_kinds
-from .flags import LIBRARY, TRAINER, groups_of, help_of, type_name
+from ..options import help_of, type_name
+from .flags import LIBRARY, TRAINER, groups_of
 from .list import make_console, print_rows
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from .. import install
 from ..errors import ConfigError, RewardError
-from ..options import option, require
+from ..options import Field, fields_of, help_of, kinds, option, require
 from ..redaction import hide_error, marked_in, remember
-from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
+from .flags import groups_of, is_list, read
 
 
 @dataclasses.dataclass
@@ -41,12 +41,16 @@ class RunOptions:
         "Several, in place of dataset: mappings with path, and optionally name (the configuration), data_dir, "
         "data_files, split, columns (those to keep) and weight (rows are drawn in these proportions).",
     )
-    stopping_strategy: str | None = option(None, "With weights: first_exhausted (the default) or all_exhausted.")
+    stopping_strategy: str | None = option(
+        None,
+        "With weights: first_exhausted (the default) or all_exhausted.",
+        choices=("first_exhausted", "all_exhausted"),
+    )
     streaming: bool = option(False, "Read the rows while training, not before.")
     eval_dataset: str | None = option(
         None, "As dataset, for evaluation, after each epoch unless eval_strategy says otherwise."
     )
-    test_split_size: int | float | None = option(None, "Rows, or the part of them, to set aside for evaluation.")
+    test_split_size: int | float | None = option(None, "Rows, or the part of them, to set aside for evaluation.", gt=0)
     reward_funcs: list[str] | None = option(
         None, "module:function or path/to/file.py:function, or folder or Hub id (owner/name) of a classifier."
     )
@@ -56,7 +60,9 @@ class RunOptions:
     )
     peft: dict[str, Any] | None = option(None, "Options of peft.LoraConfig (JSON, or a mapping): train an adapter.")
     resume: bool | str | None = option(None, "Checkpoint folder, or true for the newest complete one in output_dir.")
-    require: str | None = option(None, "Refuse algorithms less stable than this: stable or experimental.")
+    require: str | None = option(
+        None, "Refuse algorithms less stable than this: stable or experimental.", choices=("stable", "experimental")
+    )
 
 
 _TRAINER_ARGUMENTS = {"reward_funcs", "ref_model", "formatting_func"}
@@ -95,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
     """The YAML file's values, overridden by the flags', each in its type."""
-    hints = {f.name: f.type for fields in groups.values() for f in fields}
+    hints = {f.name: f for fields in groups.values() for f in fields}
     given, unknown = _parser(name, groups).parse_known_args([_spelt(word, hints) for word in words])
     flags = {key: _parsed(value) for key, value in vars(given).items()}
     sources = {"The command line": flags | {word.strip("-").split("=")[0]: None for word in unknown}}
@@ -110,8 +116,8 @@ def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> di
                 raise ConfigError(f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}", mend=mend)
             try:
                 values[key] = read(value, hints[key])
-            except TypeError as error:
-                raise ConfigError(f"{source}: {key}: {error}.", mend=mend) from error
+            except ConfigError as error:
+                raise ConfigError(f"{source}: {error.what}", mend=error.mend) from None
     return values
 
 
@@ -260,12 +266,7 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     # Who names rows for evaluation wants one; transformers would never make it.
     evaluates = {"eval_strategy": "epoch"} if values.get("eval_dataset") or values.get("test_split_size") else {}
     options = {"output_dir": f"{composition.name.replace('+', '-')}-output", **evaluates, **options}
-    try:
-        config = composition.config_class(**options | {"report_to": options.get("report_to") or "none"})
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"The options do not fit: {error}", mend="Change the option that is named.") from error
+    config = composition.config_class(**options | {"report_to": options.get("report_to") or "none"})
 
     endless = values.get("streaming") and config.max_steps < 1
     require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")

@@ -66,7 +66,8 @@ def check_kind(dataset: Any, split: str) -> None:
     if not isinstance(dataset, Dataset | IterableDataset):
         raise DatasetError(
             f"{split} is a {type(dataset).__name__}; expected a datasets.Dataset or datasets.IterableDataset.",
-            mend="Build one, for example with datasets.Dataset.from_list([{'prompt': ...}, ...]).",
+            mend="Build one, for example with datasets.Dataset.from_list([{'prompt': ...}, ...]); of a DatasetDict "
+            "take one split, such as dataset['train'].",
         )
 
 

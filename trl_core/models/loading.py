@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -29,8 +30,18 @@ from ..redaction import hide_error, remember
 logger = logging.getLogger(__name__)
 
 
+def check_model(name: str, model: Any) -> None:
+    """Raise `ConfigError` unless it is the name of a model, a folder or a module."""
+    if isinstance(model, nn.Module) or (isinstance(model, str | os.PathLike) and str(model).strip()):
+        return
+    raise ConfigError(
+        f"{name} is {repr(model)[:80]} ({type(model).__name__}); expected a Hub id, a folder, or a module.",
+        mend="Pass for example 'Qwen/Qwen3-0.6B', or AutoModelForCausalLM.from_pretrained(...).",
+    )
+
+
 def load_policy(
-    model: str | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     init_kwargs: dict[str, Any] | None,
     trust_remote_code: bool,
     auto_class: Any = AutoModelForCausalLM,
@@ -42,7 +53,8 @@ def load_policy(
     Raises:
         ConfigError: `init_kwargs` are given with a module, or the name cannot be loaded.
     """
-    if not isinstance(model, str):
+    check_model("The model", model)
+    if not isinstance(model, str | os.PathLike):
         if init_kwargs:
             raise ConfigError(
                 "`model_init_kwargs` are set but `model` is already a module.",
@@ -55,7 +67,7 @@ def load_policy(
     if kwargs["dtype"] is torch.bfloat16 and not torch.cuda.is_available():
         logger.warning("bfloat16 weights on a CPU without AMX or AVX-512 are extremely slow; float32 is the default.")
     try:
-        loaded: nn.Module = auto_class.from_pretrained(model, **kwargs)
+        loaded: nn.Module = auto_class.from_pretrained(os.fspath(model), **kwargs)
         return loaded
     except Exception as error:
         remember(kwargs)
@@ -111,15 +123,16 @@ def load_tokenizer(
 
 
 def load_classifier(
-    model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
+    model: str | os.PathLike[str] | PreTrainedModel, init_kwargs: dict[str, Any] | None, trust_remote_code: bool
 ) -> nn.Module:
     """A sequence classifier with one output; made from a language model, it gets a new head.
 
     Raises:
         ConfigError: it has another number of outputs, or see `load_policy`.
     """
+    check_model("The model", model)
     config, one = getattr(model, "config", None), {}
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         one = {"num_labels": 1}
         with contextlib.suppress(OSError, ValueError):  # loading the model says why
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)

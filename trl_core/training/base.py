@@ -37,8 +37,9 @@ from ..models.loading import (
 from ..models.logprobs import TokenScores, token_logps
 from ..models.parts import joined, parts_of, without_output
 from ..models.reference import ReferenceModel, mix_into
-from ..options import require
+from ..options import check_options, require
 from ..redaction import remember
+from .arguments import check_arguments, check_names, given_arguments
 from .card import sources
 from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
 from .loader import as_is
@@ -114,6 +115,11 @@ class CoreTrainer(CheckpointedTrainer):
     default_hooks: ClassVar[type[DefaultHooks]] = DefaultHooks
     new_head: ClassVar[str | None] = None
     """Module of the model that starts untrained, so that an adapter must not leave it frozen."""
+
+    def __new__(cls, *args: Any, **more: Any) -> CoreTrainer:
+        """Check what is given before any class of trainer loads something of it."""
+        check_arguments(given_arguments(cls, args, more))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -223,28 +229,26 @@ class CoreTrainer(CheckpointedTrainer):
         if args is None:
             return expected(output_dir=f"{self.composition.name.replace('+', '-')}-output")
         if isinstance(args, expected):
+            check_options(args)  # an attribute may have been set since
             return args
-        if not all(hasattr(args, f.name) for f in dataclasses.fields(expected)):
+        lacking = [f.name for f in dataclasses.fields(expected) if not hasattr(args, f.name)]
+        if lacking or isinstance(args, type):
+            found = f"the class {args.__name__}" if isinstance(args, type) else f"a {type(args).__name__}"
+            without = f", which lacks options of {self.composition.name!r}: {', '.join(lacking[:3])}" if lacking else ""
             raise ConfigError(
-                f"args is a {type(args).__name__}, which lacks options of {self.composition.name!r}.",
+                f"args is {found}{without}.",
                 mend=f"Make it with trl_core.get_config({self.composition.name!r})(...).",
             )
         # Made for another algorithm, the base perhaps: the same values, but what a class says of itself is this one's.
         taken: Any = object.__new__(expected)
         taken.__dict__.update(args.__dict__)
+        check_options(taken)
         return taken
 
     def _checked_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         remember(given)
-        known = self.composition.arguments
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            allowed = f" Beyond the common ones it takes: {', '.join(known)}." if known else ""
-            raise ConfigError(
-                f"The trainer of {self.composition.name!r} takes no argument {unknown[0]!r}.{allowed}",
-                mend="Options belong into args; check the spelling of the argument.",
-            )
-        return {name: given.get(name) for name in known}
+        check_names(self.composition, type(self), given)
+        return {name: given.get(name) for name in self.composition.arguments}
 
     def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
         """Check the datasets; called before loading with `model` and `tokenizer` None, and again with both."""
@@ -299,7 +303,7 @@ class CoreTrainer(CheckpointedTrainer):
     ) -> ReferenceModel | None:
         if not args.uses_reference:
             return None
-        if isinstance(given, str):
+        if isinstance(given, str | os.PathLike):
             given = self._load_model(given, args)
         separate = args.separate_reference
         return ReferenceModel(
@@ -599,7 +603,7 @@ def check_output_dir(folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise OutputDirError(
-            f"output_dir={folder!r} cannot be written: {error.strerror or error}.", mend="Choose another folder."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        what = f"output_dir={folder!r} cannot be written: {reason}."
+        raise OutputDirError(what, mend="Choose another folder.") from error

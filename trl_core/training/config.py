@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..options import option, require, require_choice
+from ..errors import ConfigError
+from ..options import check_names, check_options, did_you_mean, option, require
 from ..redaction import redacted, remember
 
 logger = logging.getLogger(__name__)
+_TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
 LOSS_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+def _each(names: str, **limits: Any) -> dict[str, dict[str, Any]]:
+    return {name: limits for name in names.split()}
 
 
 @dataclass
@@ -25,6 +33,31 @@ class CoreConfig(TrainingArguments):
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    limits: ClassVar[dict[str, dict[str, Any]]] = {
+        # Steps between two times, or a share of all steps.
+        **_each("logging_steps eval_steps save_steps", gt=0, whole_from=1),
+        **_each("warmup_steps", ge=0, whole_from=1),
+        **_each("max_steps local_rank", ge=-1),
+        **_each("num_train_epochs", gt=0),
+        **_each("learning_rate weight_decay adam_epsilon max_grad_norm", ge=0),
+        **_each("neftune_noise_alpha eval_delay dataloader_num_workers", ge=0),
+        **_each("adam_beta1 adam_beta2", ge=0, lt=1),
+        **_each("label_smoothing_factor", ge=0, le=1),
+        **_each("per_device_train_batch_size per_device_eval_batch_size save_total_limit", ge=1),
+        **_each("gradient_accumulation_steps eval_accumulation_steps torch_empty_cache_steps", ge=1),
+        **_each("dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb", ge=1),
+        **_each("seed data_seed", ge=0, le=2**32 - 1),  # what numpy takes
+        **_each("train_sampling_strategy", choices=("random", "sequential", "group_by_length")),
+        **_each("include_num_input_tokens_seen", choices=("all", "non_padding", "no", True, False)),
+        # What transformers makes of them, or takes as well.
+        **_each("accelerator_config", file=True, types=(AcceleratorConfig,)),
+        **_each("fsdp_config deepspeed", file=True),
+        **_each("fsdp", types=(bool, list)),
+        **_each("debug", types=(type(None),), choices=("", "underflow_overflow", "tpu_metrics_debug")),
+        **_each("dataloader_multiprocessing_context", choices=("fork", "forkserver", "spawn")),
+    }
+    """What the options of transformers take, which do not say so themselves; see `trl_core.options.fields_of`."""
 
     logging_steps: float = option(10, "Log every so many optimizer steps.", resume=False)
     bf16: bool | None = option(None, "Train in bfloat16; default: where the accelerator supports it and fp16 is off.")  # type: ignore[assignment]
@@ -40,7 +73,11 @@ class CoreConfig(TrainingArguments):
         resume=False,
     )
     pad_to_multiple_of: int | str | None = option(
-        None, "Round the length of the lines up to a multiple; TRL's 'auto' is None.", resume=False
+        None,
+        "Round the length of the lines up to a multiple; TRL's 'auto' is None.",
+        ge=1,
+        choices=("auto",),
+        resume=False,
     )
     share_prompts: bool = option(
         True,
@@ -52,13 +89,20 @@ class CoreConfig(TrainingArguments):
         "Most tokens, padding included, that go through the policy at a time with gradient. A micro-batch with more "
         "is run in parts, long rows first, each once more in the backward pass (so leave gradient_checkpointing off); "
         "the loss stays that of the whole micro-batch. Default: no limit.",
+        ge=1,
         resume=False,
     )
     on_nonfinite_loss: str = option(
-        "stop", "'stop' or 'skip' the micro-batch; its rows are written to <output_dir>/nonfinite.", resume=False
+        "stop",
+        "'stop' or 'skip' the micro-batch; its rows are written to <output_dir>/nonfinite.",
+        choices=("stop", "skip"),
+        resume=False,
     )
     resume_check: str = option(
-        "strict", "'strict' refuses to resume with other options than the checkpoint's, 'warn' warns.", resume=False
+        "strict",
+        "'strict' refuses to resume with other options than the checkpoint's, 'warn' warns.",
+        choices=("strict", "warn"),
+        resume=False,
     )
 
     overwrite_output_dir: bool = option(
@@ -82,8 +126,14 @@ class CoreConfig(TrainingArguments):
         """What the hooks need to know of each token besides its log-probability; see `trl_core.models.logprobs`."""
         return ()
 
+    def __new__(cls, *args: Any, **options: Any) -> CoreConfig:
+        """Refuse a keyword that is no option, with a suggestion."""
+        check_names(cls, options)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         remember(self)
+        check_options(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
         elif self.bf16 and not torch.cuda.is_available():
@@ -97,20 +147,20 @@ class CoreConfig(TrainingArguments):
             self.gradient_checkpointing = None
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = None
-        require(
-            self.max_tokens_per_forward is None or self.max_tokens_per_forward >= 1,
-            f"max_tokens_per_forward={self.max_tokens_per_forward} is below 1.",
-            "Give the tokens that fit into memory at a time, or None for no limit.",
-        )
         self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
-        require_choice(self, "on_nonfinite_loss", ("stop", "skip"))
-        require_choice(self, "resume_check", ("strict", "warn"))
         require(
             not self.auto_find_batch_size,
             "auto_find_batch_size would change how rows are grouped into steps.",
             "Set per_device_train_batch_size yourself; raise gradient_accumulation_steps to keep the batch.",
         )
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            what = f"transformers refuses the options: {error}"
+            raise ConfigError(what, mend="Change the option that is named.") from error
+        for tracker in self.report_to or ():
+            what = f"report_to={tracker!r} is no tracker that transformers knows.{did_you_mean(tracker, _TRACKERS)}"
+            require(tracker in _TRACKERS, what, f"Use some of: {', '.join(_TRACKERS)}; or 'none'.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -141,8 +191,10 @@ class ReferenceOptions:
     """Options of algorithms with a reference model that may follow the policy (TR-DPO, 2404.09656)."""
 
     sync_ref_model: bool = option(False, "Move the reference towards the policy during training (TR-DPO).")
-    ref_model_mixup_alpha: float = option(0.6, "Share of the policy in the new reference: a*policy + (1-a)*reference.")
-    ref_model_sync_steps: int = option(512, "Optimizer steps between two moves of the reference.")
+    ref_model_mixup_alpha: float = option(
+        0.6, "Share of the policy in the new reference: a*policy + (1-a)*reference.", ge=0, le=1
+    )
+    ref_model_sync_steps: int = option(512, "Optimizer steps between two moves of the reference.", ge=1)
 
 
 @dataclass
@@ -150,11 +202,15 @@ class OfflineConfig(CoreConfig):
     """Options of every trainer that learns from a dataset of texts."""
 
     remove_unused_columns: bool = option(False, "Not used: columns are chosen when the rows are tokenised.")
-    max_length: int | None = option(1024, "Most tokens of prompt and completion together; None for no limit.")
-    truncation_mode: str = option("keep_start", "Which end of a row that is too long stays: keep_start or keep_end.")
-    dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", resume=False)
+    max_length: int | None = option(1024, "Most tokens of prompt and completion together; None for no limit.", ge=2)
+    truncation_mode: str = option(
+        "keep_start", "Which end of a row that is too long stays.", choices=("keep_start", "keep_end")
+    )
+    dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", ge=1, resume=False)
     router_aux_loss_coef: float | None = option(
-        None, "Weight of the load-balancing loss of a mixture of experts; default: the model's own; 0 leaves it out."
+        None,
+        "Weight of the load-balancing loss of a mixture of experts; default: the model's own; 0 leaves it out.",
+        ge=0,
     )
     activation_offloading: bool = option(False, "Keep activations in host memory until the backward.", resume=False)
     eos_token: str | None = option(None, "End-of-sequence token; default: the tokenizer's.")
@@ -166,12 +222,6 @@ class OfflineConfig(CoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False
-        require_choice(self, "truncation_mode", ("keep_start", "keep_end"))
-        require(
-            self.max_length is None or self.max_length >= 2,
-            f"max_length={self.max_length} leaves no token to predict.",
-            "Give at least 2, or None for no limit.",
-        )
         # A stream is read by every process, which takes its share: rows of different lengths cannot be dealt out.
         loading: Any = self.accelerator_config
         if loading.dispatch_batches is None:
@@ -186,7 +236,7 @@ class PairConfig(OfflineConfig):
         False, "Score the datasets with the reference once, before training, and let go of it."
     )
     precompute_ref_batch_size: int | None = option(
-        None, "Pairs at a time in that pass; default per_device_train_batch_size.", resume=False
+        None, "Pairs at a time in that pass; default per_device_train_batch_size.", ge=1, resume=False
     )
 
     def __post_init__(self) -> None:
@@ -210,32 +260,36 @@ class OnlineConfig(CoreConfig):
     shuffle_dataset: bool = option(
         True, "Shuffle prompts each epoch, and groups inside a generation batch that feeds several micro-batches."
     )
-    num_generations: int = option(8, "G, completions per prompt.")
-    num_generations_eval: int | None = option(None, "Completions per prompt in evaluation; default num_generations.")
-    max_completion_length: int = option(512, "Most tokens of a completion.")
+    num_generations: int = option(8, "G, completions per prompt.", ge=1)
+    num_generations_eval: int | None = option(
+        None, "Completions per prompt in evaluation; default num_generations.", ge=1
+    )
+    max_completion_length: int = option(512, "Most tokens of a completion.", ge=1)
     generation_batch_size: int | None = option(
-        None, "Completions generated at a time, over all processes. Give this or steps_per_generation."
+        None, "Completions generated at a time, over all processes. Give this or steps_per_generation.", ge=1
     )
     steps_per_generation: int | None = option(
-        None, "Micro-batches a generation batch is split into; default gradient_accumulation_steps."
+        None, "Micro-batches a generation batch is split into; default gradient_accumulation_steps.", ge=1
     )
     generation_rows: int | None = option(
         None,
         "Most completions sampled at a time in a process; when some end, waiting ones take their places; default: all.",
+        ge=1,
     )
-    num_iterations: int = option(1, "How often each generation batch is trained on.")
-    temperature: float = option(1.0, "Sampling temperature; every log-probability is computed at it as well.")
-    top_p: float = option(1.0, "Nucleus sampling: smallest set of tokens with this probability.")
-    top_k: int = option(0, "Sample among the k likeliest tokens; 0 for all.")
-    min_p: float | None = option(None, "Least probability of a token, relative to the likeliest.")
-    repetition_penalty: float = option(1.0, "Penalty on tokens already present; 1 for none.")
+    num_iterations: int = option(1, "How often each generation batch is trained on.", ge=1)
+    temperature: float = option(1.0, "Sampling temperature; every log-probability is computed at it as well.", gt=0)
+    top_p: float = option(1.0, "Nucleus sampling: smallest set of tokens with this probability.", gt=0, le=1)
+    top_k: int = option(0, "Sample among the k likeliest tokens; 0 for all.", ge=0)
+    min_p: float | None = option(None, "Least probability of a token, relative to the likeliest.", ge=0, le=1)
+    repetition_penalty: float = option(1.0, "Penalty on tokens already present; 1 for none.", gt=0)
     generation_kwargs: dict[str, Any] | str | None = option(None, "Further options of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = option(None, "Arguments of the chat template.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; default all 1.")
-    reward_timeout: float | None = option(None, "Seconds the reward functions may take per batch.", resume=False)
+    reward_timeout: float | None = option(None, "Seconds the reward functions may take per batch.", gt=0, resume=False)
     reward_processes: int = option(
         0,
         "Processes that call plain reward functions (parsing, running code, symbolic maths); 0 calls them in this one.",
+        ge=0,
         resume=False,
     )
     overlap_rewards: bool = option(
@@ -249,17 +303,18 @@ class OnlineConfig(CoreConfig):
     dynamic_sampling: bool = option(
         False, "Replace groups whose rewards are all equal by groups of further prompts (DAPO, 2503.14476)."
     )
-    dynamic_sampling_max_rounds: int = option(4, "Most refills of one generation batch.")
-    loss_type: str = option("dapo", "How the loss is formed; see the algorithm.")
+    dynamic_sampling_max_rounds: int = option(4, "Most refills of one generation batch.", ge=1)
+    loss_type: str = option("dapo", "How the loss is formed; see the algorithm.", choices=LOSS_AGGREGATIONS)
     token_normalizer: str = option(
         "step",
         "Denominator of dapo, cispo, vespo: 'step' counts the loss tokens of an optimizer step; 'generation' all "
         "completion tokens of the generation batch, as TRL up to 1.10.",
+        choices=("step", "generation"),
     )
     log_completions: bool = option(
         False, "Write every generation to <output_dir>/completions/*.parquet and print a sample.", resume=False
     )
-    num_completions_to_print: int | None = option(5, "Rows of the printed sample; 0 prints none.", resume=False)
+    num_completions_to_print: int | None = option(5, "Rows of the printed sample; 0 prints none.", ge=0, resume=False)
 
     minimum_generations = 1
     reshuffles = False
@@ -279,26 +334,9 @@ class OnlineConfig(CoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice(self, "loss_type", LOSS_AGGREGATIONS)
-        require_choice(self, "token_normalizer", ("step", "generation"))
-        for name in ("num_iterations", "max_completion_length", "dynamic_sampling_max_rounds", "generation_rows"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} is below 1.", "Give at least 1.")
-        require(
-            self.reward_processes >= 0,
-            f"reward_processes={self.reward_processes} is negative.",
-            "Give the number of processes, or 0 for none.",
-        )
-        require(
-            self.temperature > 0, f"temperature={self.temperature} is not above 0.", "Sampling needs a positive one."
-        )
-        for name in ("num_generations", "num_generations_eval"):
-            value = getattr(self, name)
-            require(
-                value is None or value >= (self.minimum_generations if name == "num_generations" else 1),
-                f"{name}={value} is below {self.minimum_generations}: advantages compare completions of one prompt.",
-                f"Give at least {self.minimum_generations}.",
-            )
+        least = self.minimum_generations
+        what = f"num_generations={self.num_generations} is below {least}: advantages compare completions of one prompt."
+        require(self.num_generations >= least, what, f"Give at least {least}.")
         self._set_generation_batch()
 
     def _set_generation_batch(self) -> None:

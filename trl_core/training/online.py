@@ -83,6 +83,7 @@ class OnlineTrainer(RolloutSteps):
         **arguments: Any,
     ) -> None:
         checked = self._checked_args(args)
+        self._checked_arguments(arguments)
         self.reward_functions = RewardFunctions(
             reward_funcs,
             reward_processing_classes,

@@ -1,7 +1,6 @@
 """BEMA as a callback of any `transformers.Trainer`, and as an algorithm: DPO whose reference is the average."""
 
 from dataclasses import dataclass, fields
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from trl_core import Algorithm, HookContext, errors, hookimpl, option, reference_parameters, require
+from trl_core import Algorithm, HookContext, check_options, errors, hookimpl, option, reference_parameters, require
 
 STATE = ("anchor", "average", "published")
 STATE_FILE = "bema_state.safetensors"
@@ -22,18 +21,20 @@ STATE_FILE = "bema_state.safetensors"
 class Rates:
     """When and how the average moves; in brackets the paper's symbols."""
 
-    update_freq: int = option(400, "Optimizer steps between two updates of the average (phi).")
-    ema_power: float = option(0.5, "The newest weights enter the average with age^-ema_power (kappa); 0: it is they.")
-    bias_power: float = option(0.2, "The way from the start is added times age^-bias_power (eta); large: not at all.")
+    update_freq: int = option(400, "Optimizer steps between two updates of the average (phi).", ge=1)
+    ema_power: float = option(
+        0.5, "The newest weights enter the average with age^-ema_power (kappa); 0: it is they.", ge=0
+    )
+    bias_power: float = option(
+        0.2, "The way from the start is added times age^-bias_power (eta); large: not at all.", ge=0
+    )
     lag: int = option(10, "After step t the age is lag + multiplier * t (rho).")
-    update_after: int = option(0, "Step whose weights are the start, and before which nothing happens (tau).")
-    multiplier: float = option(1.0, "How much older the average gets per step (gamma).")
-    min_ema_multiplier: float = option(0.0, "Least weight of the newest weights in the average.")
+    update_after: int = option(0, "Step whose weights are the start, and before which nothing happens (tau).", ge=0)
+    multiplier: float = option(1.0, "How much older the average gets per step (gamma).", ge=0)
+    min_ema_multiplier: float = option(0.0, "Least weight of the newest weights in the average.", ge=0, le=1)
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(Rates) + fields(Copies) if hasattr(self, f.name) and f.name != "lag"):
-            value, low, high = getattr(self, name), int(name.endswith("_freq")), 1 if name.startswith("min_") else inf
-            require(low <= value <= high, f"{name}={value} is not in {low}..{high}.", "Give a value in that range.")
+        check_options(self)
         first = self.update_after + self.update_freq
         require(self.lag + self.multiplier * first >= 1, f"lag + multiplier * t is below 1 at t={first}.", "Raise lag.")
 
@@ -43,8 +44,12 @@ class Copies:
     """When the average becomes the reference."""
 
     update_ref_model: bool = option(False, "Copy the average into the reference model.")
-    ref_model_update_freq: int = option(400, "Optimizer steps between two copies of the average into the reference.")
-    ref_model_update_after: int = option(0, "First step after which the average may be copied into the reference.")
+    ref_model_update_freq: int = option(
+        400, "Optimizer steps between two copies of the average into the reference.", ge=1
+    )
+    ref_model_update_after: int = option(
+        0, "First step after which the average may be copied into the reference.", ge=0
+    )
 
     def check_reference(self, args: Any) -> None:
         """Raise `ConfigError` if something else in `args` decides on the reference too."""

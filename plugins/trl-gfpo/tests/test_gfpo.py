@@ -396,12 +396,13 @@ def test_unknown_filter_is_refused(tmp_path):
 
 @pytest.mark.parametrize("k", [-1, 0, 1, 5])
 def test_k_outside_the_group_is_refused(k, tmp_path):
-    refuse(tmp_path, f"num_remains_in_group={k} is not in 2..num_generations", num_remains_in_group=k)
+    refuse(tmp_path, f"num_remains_in_group={k} is not ", num_remains_in_group=k)
 
 
 def test_adaptive_k_outside_the_group_is_refused(tmp_path):
-    options = {"k_very_hard": 4, "k_hard": 4, "k_medium": 3, "k_easy": 1}
-    refuse(tmp_path, "k_easy=1 is not in 2..num_generations", adaptive_difficulty=True, **options)
+    for k in (1, 5):
+        options = {"k_very_hard": 4, "k_hard": 4, "k_medium": 3, "k_easy": k}
+        refuse(tmp_path, f"k_easy={k} is not ", adaptive_difficulty=True, **options)
 
 
 def test_k_and_adaptive_difficulty_together_are_refused(tmp_path):
@@ -410,7 +411,7 @@ def test_k_and_adaptive_difficulty_together_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["gfpo_denominator", "gfpo_std"])
 def test_unknown_choice_is_refused(name, tmp_path):
-    refuse(tmp_path, f"{name}='other' is unknown", num_remains_in_group=2, **{name: "other"})
+    refuse(tmp_path, f"{name}='other' .str. is not one of", num_remains_in_group=2, **{name: "other"})
 
 
 @pytest.mark.parametrize("option", [{"gfpo_denominator": "all"}, {"gfpo_std": "population"}])

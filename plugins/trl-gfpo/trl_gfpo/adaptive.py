@@ -14,11 +14,11 @@ class AdaptiveOptions:
     """Options of adaptive difficulty; the defaults are the paper's for groups of 16."""
 
     adaptive_difficulty: bool = option(False, "Choose k per prompt from its mean reward; k_* say how many to keep.")
-    k_very_hard: int = option(8, "Kept completions of prompts in the lowest quarter of mean reward.")
-    k_hard: int = option(8, "Kept completions in the second quarter.")
-    k_medium: int = option(6, "Kept completions in the third quarter.")
-    k_easy: int = option(4, "Kept completions in the highest quarter.")
-    difficulty_warmup: int = option(4, "Generation batch from which quarters are used; before it k_very_hard.")
+    k_very_hard: int = option(8, "Kept completions of prompts in the lowest quarter of mean reward.", ge=2)
+    k_hard: int = option(8, "Kept completions in the second quarter.", ge=2)
+    k_medium: int = option(6, "Kept completions in the third quarter.", ge=2)
+    k_easy: int = option(4, "Kept completions in the highest quarter.", ge=2)
+    difficulty_warmup: int = option(4, "Generation batch from which quarters are used; before it k_very_hard.", ge=0)
 
 
 class Difficulty:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_core import Algorithm, HookContext, Rollouts, errors, hookimpl, option, require, require_choice
+from trl_core import Algorithm, HookContext, Rollouts, errors, hookimpl, option, require
 from trl_core.stages import group_advantages
 
 from .adaptive import AdaptiveOptions, Difficulty
@@ -17,9 +17,15 @@ from .filters import BUILT_IN, check_remaining, group_scores
 class GFPOOptions(AdaptiveOptions):
     """What GFPO adds to the options of GRPO."""
 
-    num_remains_in_group: int | None = option(None, "k, completions of a group to train on; None: all.")
-    gfpo_denominator: str = option("kept", "Count tokens (and KL) of 'kept' rows, or of 'all' as in the paper.")
-    gfpo_std: str = option("sample", "Standard deviation of kept rewards: 'sample', or 'population' as in the paper.")
+    num_remains_in_group: int | None = option(None, "k, completions of a group to train on; None: all.", ge=2)
+    gfpo_denominator: str = option(
+        "kept", "Count tokens (and KL) of 'kept' rows, or of 'all' as in the paper.", choices=("kept", "all")
+    )
+    gfpo_std: str = option(
+        "sample",
+        "Standard deviation of kept rewards: 'sample', or 'population' as in the paper.",
+        choices=("sample", "population"),
+    )
 
 
 class GFPO(Difficulty):
@@ -30,8 +36,6 @@ class GFPO(Difficulty):
         self.context, given = context, context.arguments["group_filter_func"]
         self.filter = BUILT_IN.get(given, given) if isinstance(given, str) else given
         self.kept: Tensor | None = None
-        require_choice(self.args, "gfpo_denominator", ("kept", "all"))
-        require_choice(self.args, "gfpo_std", ("sample", "population"))
         self.paper = (self.args.gfpo_denominator, self.args.gfpo_std) != ("kept", "sample")
         fits = not self.paper or self.args.multi_objective_aggregation == "sum_then_normalize"
         require(fits, "gfpo_denominator and gfpo_std do not go with normalize_then_sum.", "Leave their defaults.")

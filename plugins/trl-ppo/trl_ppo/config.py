@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 
-from trl_core import OnlineConfig, option, require, require_choice
+from trl_core import OnlineConfig, option, require
 
 logger = logging.getLogger(__name__)
 
@@ -20,40 +20,52 @@ class PPOOptions(OnlineConfig):
     """
 
     learning_rate: float = option(3e-6, "Initial learning rate.")
-    value_learning_rate: float | None = option(None, "That of the critic; None: the policy's.")
+    value_learning_rate: float | None = option(None, "That of the critic; None: the policy's.", ge=0)
     max_grad_norm: float = option(0.0, "Clip gradients of policy and critic to this norm; 0: never, as in TRL's loop.")
     disable_dropout: bool = option(True, "Set every dropout probability to 0, so that log-probabilities agree.")
-    temperature: float = option(0.7, "Sampling temperature; every log-probability is computed at it as well.")
-    num_generations: int = option(1, "Completions per prompt.")
+    temperature: float = option(0.7, "Sampling temperature; every log-probability is computed at it as well.", gt=0)
+    num_generations: int = option(1, "Completions per prompt.", ge=1)
     loss_type: str = option(
         "bnpo",
         "How the policy term is averaged: bnpo, over the tokens of a micro-batch; or dapo, grpo, dr_grpo, luspo.",
+        choices=("bnpo", "dapo", "grpo", "dr_grpo", "luspo"),
     )
-    response_length: int = option(53, "W, most tokens of a completion.")
-    max_completion_length: int | None = option(None, "The core's name of response_length; give one of them.")  # type: ignore[assignment]
-    num_ppo_epochs: int = option(4, "How often each batch is trained on.")
-    num_iterations: int | None = option(None, "The core's name of num_ppo_epochs; give one of them.")  # type: ignore[assignment]
-    num_mini_batches: int = option(1, "Parts of a batch, with an optimizer step after each.")
-    total_episodes: int | None = option(None, "Completions to generate in all; sets max_steps.", resume=False)
-    kl_coef: float = option(0.05, "Weight of the KL penalty in the reward of each token; 0 loads no reference model.")
-    kl_estimator: str = option("k1", "'k1', the log-ratio, or 'k3', never negative.")
-    cliprange: float = option(0.2, "Clip width of the ratio.")
-    cliprange_value: float = option(0.2, "How far the critic may move from its old values before its loss is clipped.")
-    vf_coef: float = option(0.1, "Weight of the critic's loss.")
-    gamma: float = option(1.0, "Discount.")
-    lam: float = option(0.95, "Lambda of the generalised advantage estimates.")
+    response_length: int = option(53, "W, most tokens of a completion.", ge=1)
+    max_completion_length: int | None = option(None, "The core's name of response_length; give one of them.", ge=1)  # type: ignore[assignment]
+    num_ppo_epochs: int = option(4, "How often each batch is trained on.", ge=1)
+    num_iterations: int | None = option(None, "The core's name of num_ppo_epochs; give one of them.", ge=1)  # type: ignore[assignment]
+    num_mini_batches: int = option(1, "Parts of a batch, with an optimizer step after each.", ge=1)
+    total_episodes: int | None = option(None, "Completions to generate in all; sets max_steps.", ge=1, resume=False)
+    kl_coef: float = option(
+        0.05, "Weight of the KL penalty in the reward of each token; 0 loads no reference model.", ge=0
+    )
+    kl_estimator: str = option("k1", "'k1', the log-ratio, or 'k3', never negative.", choices=("k1", "k3"))
+    cliprange: float = option(0.2, "Clip width of the ratio.", ge=0)
+    cliprange_value: float = option(
+        0.2, "How far the critic may move from its old values before its loss is clipped.", ge=0
+    )
+    vf_coef: float = option(0.1, "Weight of the critic's loss.", ge=0)
+    gamma: float = option(1.0, "Discount.", ge=0, le=1)
+    lam: float = option(0.95, "Lambda of the generalised advantage estimates.", ge=0, le=1)
     whiten_rewards: bool = option(False, "Divide the rewards of the tokens by their standard deviation.")
     score_at_last_token: bool = option(
         False, "Give the score to the last token; otherwise, as in TRL, to the place after it where there is room."
     )
-    missing_eos_penalty: float | None = option(None, "Taken from the score of completions without end of sequence.")
-    stop_token: str | None = option(
-        None, "'eos': a completion ends there. None: none ends before response_length tokens, as in TRL."
+    missing_eos_penalty: float | None = option(
+        None, "Taken from the score of completions without end of sequence.", gt=0
     )
-    stop_token_id: int | None = option(None, "Another token that ends completions.")
-    local_rollout_forward_batch_size: int = option(64, "Rows at a time in passes without gradient.", resume=False)
+    stop_token: str | None = option(
+        None,
+        "'eos': a completion ends there. None: none ends before response_length tokens, as in TRL.",
+        choices=("eos",),
+    )
+    stop_token_id: int | None = option(None, "Another token that ends completions.", ge=0)
+    local_rollout_forward_batch_size: int = option(64, "Rows at a time in passes without gradient.", ge=1, resume=False)
     num_sample_generations: int = option(
-        10, "How often a run evaluates on eval_dataset, when one is given and eval_strategy is 'no'.", resume=False
+        10,
+        "How often a run evaluates on eval_dataset, when one is given and eval_strategy is 'no'.",
+        ge=0,
+        resume=False,
     )
 
     reshuffles = True
@@ -72,28 +84,12 @@ class PPOOptions(OnlineConfig):
     def __post_init__(self) -> None:
         self._same("response_length", "max_completion_length", 53)
         self._same("num_ppo_epochs", "num_iterations", 4)
-        for name in (
-            "num_mini_batches",
-            "total_episodes",
-            "local_rollout_forward_batch_size",
-            "num_sample_generations",
-        ):
-            value, least = getattr(self, name), int(name != "num_sample_generations")
-            require(value is None or value >= least, f"{name}={value} is below {least}.", f"Give at least {least}.")
         if self.steps_per_generation is None and self.generation_batch_size is None:
             self._split_batch()
-        require_choice(self, "kl_estimator", ("k1", "k3"))
-        require_choice(self, "stop_token", (None, "eos"))
-        require_choice(self, "loss_type", ("bnpo", "dapo", "grpo", "dr_grpo", "luspo"))
         require(
             self.stop_token is None or self.stop_token_id is None,
             "stop_token and stop_token_id are both given.",
             "Give one of them.",
-        )
-        require(
-            self.missing_eos_penalty is None or self.missing_eos_penalty > 0,
-            f"missing_eos_penalty={self.missing_eos_penalty} is not above 0; it is subtracted.",
-            "Give a positive number, or None.",
         )
         super().__post_init__()
         parts = self.gradient_accumulation_steps * self.num_mini_batches

@@ -520,7 +520,7 @@ def test_failing_step_leaves_the_buffer_as_it_was_before(tmp_path):
 
 # -- options, scripts --------------------------------------------------------------------------------------------------
 def test_negative_size_is_refused():
-    with pytest.raises(errors.ConfigError, match="replay_buffer_size=-1 is negative"):
+    with pytest.raises(errors.ConfigError, match="replay_buffer_size=-1 is not a whole number of at least 0"):
         get_config("replay")(output_dir="out", replay_buffer_size=-1)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trl_core import Algorithm, HookContext, Samples, hookimpl, option, require
+from trl_core import Algorithm, HookContext, Samples, hookimpl, option
 
 from .buffer import ReplayBuffer
 
@@ -20,12 +20,8 @@ logger = logging.getLogger(__name__)
 class ReplayOptions:
     """What replay adds to the options of GRPO."""
 
-    replay_buffer_size: int = option(64, "Most groups held for replay; 0: no replay.")
+    replay_buffer_size: int = option(64, "Most groups held for replay; 0: no replay.", ge=0)
     sample_before_add: bool = option(False, "Draw before the groups just generated are stored: none is used twice.")
-
-    def __post_init__(self) -> None:
-        size = self.replay_buffer_size
-        require(size >= 0, f"replay_buffer_size={size} is negative.", "Give the groups to hold; 0 switches replay off.")
 
 
 class Replay:
