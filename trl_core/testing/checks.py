@@ -270,7 +270,7 @@ def check_state_survives_storage(subject: Subject, folder: Path) -> None:
 
 def _stored(hooks: Hooks) -> tuple[str, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
-    return json.dumps(split_tensors(hooks.state_dict(), tensors)), tensors
+    return json.dumps(split_tensors({"hooks": hooks.state_dict()}, tensors)["hooks"]), tensors
 
 
 def check_writes_only_into_output_dir(subject: Subject, folder: Path) -> None:

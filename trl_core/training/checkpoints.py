@@ -32,6 +32,7 @@ from .state import (
     read_manifest,
     read_state,
     rotate,
+    split_tensors,
     write_manifest,
     write_tensors,
 )
@@ -95,7 +96,8 @@ class CheckpointedTrainer(Trainer):
         """
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         rng = (random.getstate(), numpy.random.get_state(), torch.get_rng_state(), devices)
-        self._before = (join_tensors(self.state_of_run(), {}), rng)
+        tensors: dict[str, torch.Tensor] = {}
+        self._before = (split_tensors(self.state_of_run(), tensors, copy=False), tensors, rng)
 
     @contextlib.contextmanager
     def rescued(self) -> Iterator[None]:
@@ -108,12 +110,12 @@ class CheckpointedTrainer(Trainer):
             raise
 
     def _rescue(self) -> None:
-        state, (python, numpys, cpu, devices) = self._before
+        state, tensors, (python, numpys, cpu, devices) = self._before
         random.setstate(python)
         numpy.random.set_state(numpys)
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(devices)
-        self.load_state_of_run(state)
+        self.load_state_of_run(join_tensors(state, tensors))
         if self.state.global_step == 0 or not self.failed_everywhere:
             return  # nothing is trained yet, or the other processes are not here to take part
         for module in (self.model, *self.extra_models.values()):
@@ -186,6 +188,8 @@ class CheckpointedTrainer(Trainer):
                 mend="Start a new run from its weights: pass the folder as `model`.",
             )
         difference = check_origin(record, self.composition.provenance(), self.resume_options())
+        others = self.hooks.state_difference(record["state"]["hooks"])
+        difference = "; ".join(filter(None, (difference, others))) or None
         if difference and self.args.resume_check == "strict":
             raise CheckpointError(
                 f"{folder.name} was written with other options ({difference}).",
