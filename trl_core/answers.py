@@ -29,27 +29,32 @@ _SEE = "See trl_core.hookspecs for what each hook returns."
 
 
 # -- whose fault it is ------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def told(what: str, whose: str) -> Iterator[None]:
+class told:
     """Raise what the block raises as a `PluginError` that says where it happened; the original is its cause.
 
-    An error of trl-core's own is raised as it is, with a note; what ends the process passes.
+    An error of trl-core's own is raised as it is, with a note; what ends the process passes. (A class, for
+    `contextlib.contextmanager` would let a StopIteration pass.)
 
     Args:
         what: what is done in the block, as the beginning of a sentence.
         whose: who wrote it.
     """
-    try:
-        yield
-    except TRLCoreError as error:
-        if not getattr(error, "__notes__", None):
-            error.add_note(f"{what} of {whose} raised this.")
-        raise
-    except Exception as error:
-        raise PluginError(
-            f"{what} of {whose} raised {words_of(error)}",
-            mend=f"The traceback of the cause shows the line. Correct it, or tell the authors of {whose}.",
-        ) from error
+
+    def __init__(self, what: str, whose: str) -> None:
+        self.what, self.whose = what, whose
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, TRLCoreError):
+            if not getattr(error, "__notes__", None):
+                error.add_note(f"{self.what} of {self.whose} raised this.")
+        elif isinstance(error, Exception):
+            raise PluginError(
+                f"{self.what} of {self.whose} raised {words_of(error)}",
+                mend=f"The traceback of the cause shows the line. Correct it, or tell the authors of {self.whose}.",
+            ) from error
 
 
 @contextlib.contextmanager

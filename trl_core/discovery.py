@@ -257,11 +257,11 @@ def _entries() -> Iterator[_Entry]:
     """
     # A package that was installed a moment ago, by this very process perhaps, is to be seen.
     importlib.invalidate_caches()
-    candidates = (each for each in _distributions() if _SECTION.search(_registered(each) or ""))
-    for name in sorted({name for each in candidates if (name := _name(each))}):
+    candidates = [each for each in _distributions() if _SECTION.search(_registered(each) or "")]
+    for name, found in sorted({name: each for each in candidates if (name := _name(each))}.items()):
         # Asked for again by name: of several copies on the path the first counts, which need not be the one found
-        # above, for it may register nothing.
-        copies = map(_read, _distributions(name=name))
+        # above, for it may register nothing. (A folder of another name is not found so.)
+        copies = map(_read, (*_distributions(name=name), found))
         yield from next((entries for entries in copies if entries is not None), [])
 
 

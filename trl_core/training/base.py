@@ -138,7 +138,7 @@ class CoreTrainer(CheckpointedTrainer):
         for callback in callbacks:
             self._take_part(callback)
         callbacks += [hooks for hooks in self.hooks.objects.values() if isinstance(hooks, TrainerCallback)]
-        callbacks = list(dict.fromkeys(callbacks))
+        callbacks = list({id(callback): callback for callback in callbacks}.values())
         check_output_dir(args.output_dir)
         self._check_reference(args, ref_model, adapter=peft_config is not None)
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
@@ -187,7 +187,7 @@ class CoreTrainer(CheckpointedTrainer):
 
     # -- callbacks ------------------------------------------------------------------------------------------------
     def _take_part(self, callback: Any) -> None:
-        if implements_hooks(callback) and callback not in self.hooks.objects.values():
+        if implements_hooks(callback) and all(callback is not other for other in self.hooks.objects.values()):
             self.composition.add_provider(self.hooks, type(callback).__name__, callback)
 
     def add_callback(self, callback: Any) -> None:
