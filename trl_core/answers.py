@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Generated, Samples, TokenRows
-from .errors import HookResultError, PluginError, TRLCoreError, words_of
+from .errors import HookResultError, InvalidHookError, PluginError, TRLCoreError, words_of
 from .hookspecs import PROJECT, hook_kinds
 from .stages.aggregate import TokenMean
 
@@ -46,15 +47,21 @@ class told:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, TRLCoreError):
-            if not getattr(error, "__notes__", None):
+            if not getattr(error, "__notes__", None) and not isinstance(error, InvalidHookError):
                 error.add_note(f"{self.what} of {self.whose} raised this.")
         elif isinstance(error, Exception):
             raise PluginError(
                 f"{self.what} of {self.whose} raised {words_of(error)}",
                 mend=f"The traceback of the cause shows the line. Correct it, or tell the authors of {self.whose}.",
             ) from error
+
+
+def is_of(error: BaseException, module: str) -> bool:
+    """Whether the line that raised stands in the package of a module."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == module.partition(".")[0]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -16,7 +17,7 @@ import pluggy
 
 from . import discovery, stability
 from .algorithm import Algorithm
-from .answers import guarded, marked, told
+from .answers import guarded, is_of, marked, told
 from .discovery import AlgorithmInfo
 from .errors import (
     AmbiguousAlgorithmError,
@@ -186,8 +187,9 @@ class Composition:
                 f"{both} have one name, which nothing can tell apart.", mend="Leave one of them out."
             )
         for part in self.parts:
-            _check_hooks(part.algorithm.hooks, part.info.qualified)
-            _check_making(part.algorithm.hooks, part.info.qualified)
+            with told("Looking at the hooks", part.origin):
+                _check_hooks(part.algorithm.hooks, part.info.qualified)
+                _check_making(part.algorithm.hooks, part.info.qualified)
         for option in sorted({name for part in self.parts for name in part.algorithm.defaults}):
             self._check_single_default(option)
         for hook, (kind, _) in hook_kinds().items():
@@ -473,16 +475,22 @@ def get_config(name: str, *, require: str | None = None) -> type:
 def _make_config(composition: Composition, base: type, options: tuple[type, ...], overrides: dict[str, Any]) -> type:
     def __post_init__(self: Any) -> None:
         _check_deprecated_options(composition, self)
-        base.__post_init__(self)  # type: ignore[attr-defined]
+        try:
+            base.__post_init__(self)  # type: ignore[attr-defined]
+        except Exception as error:
+            # Of transformers' own complaints the algorithm is not to blame.
+            own = is_of(error, base.__module__) and not is_of(error, __name__)
+            with told(check, owners[base]) if own else contextlib.nullcontext():
+                raise
         for option_class in reversed(options):
             if "__post_init__" in vars(option_class):
-                with told("The check of the options", owners[option_class]):
+                with told(check, owners[option_class]):
                     option_class.__post_init__(self)  # type: ignore[attr-defined]
 
     def __reduce__(self: Any) -> tuple[Any, ...]:
         return _restore_config, (composition.qualified_name, dict(self.__dict__))
 
-    owners = {part.algorithm.config: part.origin for part in composition.parts}
+    check, owners = "The check of the options", {part.algorithm.config: part.origin for part in composition.parts}
     by_name = {f.name: f for cls in (*options, base) for f in dataclasses.fields(cls)}
     namespace: dict[str, Any] = {
         "__annotations__": {name: by_name[name].type for name in overrides},

@@ -423,7 +423,7 @@ def _tree(spec: ModuleSpec) -> ast.Module:
         found = os.stat(origin)
         version = (found.st_mtime_ns, found.st_size)
         if not _is_readable(origin):
-            raise ValueError(f"{origin} is no file of source text.")
+            return ast.Module([], [])  # a pipe, or too large to be looked at
     known = _trees.get(origin)
     if known is None or known[0] != version or version == (0, 0):
         source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]

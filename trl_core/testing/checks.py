@@ -26,7 +26,6 @@ from transformers import TrainingArguments
 
 import trl_core
 
-from ..batch import TokenRows
 from ..composition import Hooks, compose, default_of
 from ..discovery import CORE, load, source_files
 from ..errors import ConformanceError

@@ -148,7 +148,8 @@ class CoreTrainer(CheckpointedTrainer):
         tokenizer = self._load_tokenizer(processing_class, policy, args)
         self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
         self._check_reference(args, ref_model, adapter=is_peft(policy))
-        self.hooks.facts["vocabulary"] = policy.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if vocabulary := getattr(policy.config.get_text_config(), "vocab_size", None):  # type: ignore[operator,union-attr]
+            self.hooks.facts["vocabulary"] = vocabulary
         self.terminators = self.find_terminators(tokenizer, policy, args)
         self.pad_token_id: int = tokenizer.pad_token_id
         policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
