@@ -123,6 +123,16 @@ FAULTS = {
         "result = yield\n        return result * self.factor",
         "rollouts.reward *= self.factor\n        return (yield)",
     ),
+    "fills_in_rewards": (
+        "check_hooks_leave_their_arguments_alone",
+        "result = yield\n        return result * self.factor",
+        "rollouts.rewards.nan_to_num_()\n        return (yield) * self.factor",
+    ),
+    "changes_texts": (
+        "check_hooks_leave_their_arguments_alone",
+        "result = yield\n        return result * self.factor",
+        "rollouts.columns['row'].reverse()\n        return (yield) * self.factor",
+    ),
     "scalar_of_pairs": ("check_trains", RESULT, RESULT + ".mean()", "dpo"),
     "infinite": ("check_trains", "logps**2", "logps / 0", "sft"),
     "mean_of_texts": ("check_micro_batches_do_not_matter", "logps**2", "logps**2 / samples.num_rows", "sft"),

@@ -1,11 +1,14 @@
 """What a hook returns is checked where it is returned, with the hook's name."""
 
+import inspect
+
 import pytest
 import torch
 from datasets import Dataset
 
 import trl_core
 from trl_core import errors
+from trl_core.hookspecs import HookSpecs
 from trl_core.testing import FixedRollouts, tiny_model, tiny_tokenizer
 
 GENERATION = {"completion_ids": [[7, 1], [8, 9, 1], [9, 1], [5, 6, 7, 1]]}  # 11 tokens
@@ -33,41 +36,45 @@ def make_trainer(folder, backend, **options):
     )
 
 
-def backend_that_selects(answer):
-    class Backend(FixedRollouts):
-        @trl_core.hookimpl
-        def select(self, samples):
-            return answer(samples)
+def backend_with(hook, answer):
+    """A backend that replays completions and gives this answer, a function of what the hook takes, to a hook."""
+    arguments = list(inspect.signature(getattr(HookSpecs, hook)).parameters)
+    scope = {"answer": answer, "hookimpl": trl_core.hookimpl}
+    named = ", ".join(arguments[1:])
+    exec(f"@hookimpl\ndef {hook}({', '.join(arguments)}): return answer({named})", scope)
+    return type("Backend", (FixedRollouts,), {hook: scope[hook]})([GENERATION])
 
-    return Backend([GENERATION])
+
+def backend_that_selects(answer):
+    return backend_with("select", answer)
 
 
 @pytest.mark.parametrize(
     ("hook", "answer", "named"),
     [
-        ("loss_terms", [{"policy": torch.tensor(1.0)}], "loss term 'policy'"),
-        ("loss_terms", [{"mine": torch.zeros(4)}], "loss term 'mine'"),
+        ("loss_terms", {"policy": torch.tensor(1.0)}, "loss term 'policy'"),
+        ("loss_terms", {"mine": torch.zeros(4)}, "loss term 'mine'"),
         ("log_ratio", torch.zeros(4), "log_ratio"),
         ("advantages", [0.0, 0.0, 0.0, 0.0], "advantages returned a list"),
-        ("advantages", torch.zeros(3), "neither per row"),
-        ("score", [[0.0]] * 4, "score returned list"),
+        ("advantages", torch.zeros(3), r"shape \(3,\); expected a real tensor of shape \(4,\) or \(11,\) or \(11, 1\)"),
+        ("score", [[0.0]] * 4, "score returned a list"),
         ("score", torch.zeros(4, 2), r"\(4, 1\)"),
         ("reference_logps", torch.zeros(3), "reference_logps"),
         ("generate", [[7, 1]] * 4, "generate returned a list"),
     ],
 )
-def test_answer_of_wrong_form_names_what_was_wrong(monkeypatch, tmp_path, hook, answer, named):
+def test_answer_of_wrong_form_names_what_was_wrong(tmp_path, hook, answer, named):
     options = {"beta": 0.1} if hook == "reference_logps" else {}
-    trainer = make_trainer(tmp_path, FixedRollouts([GENERATION]), **options)
-    monkeypatch.setattr(trainer.hooks.call, hook, lambda **_: answer)
-    with pytest.raises(errors.HookResultError, match=named):
+    trainer = make_trainer(tmp_path, backend_with(hook, lambda *_: answer), **options)
+    with pytest.raises(errors.HookResultError, match=f"{named}(?s:.)*It is the hook {hook!r} of rollouts"):
         trainer.train()
 
 
-def test_select_that_returns_none_leaves_the_answer_to_the_core(tmp_path):
-    # pluggy takes None for "no answer", so the trainer's own provider answers: all rows are kept.
+def test_select_that_returns_none_is_told(tmp_path):
+    # pluggy takes None for "no answer": without a check the trainer's own provider would answer in its place.
     trainer = make_trainer(tmp_path, backend_that_selects(lambda samples: None))
-    assert trainer.train().global_step == 1
+    with pytest.raises(errors.HookResultError, match="select returned nothing"):
+        trainer.train()
 
 
 def test_select_of_wrong_type_names_the_hook(tmp_path):

@@ -35,7 +35,7 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
 _CONTRACT = {"redaction", "errors", "install", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "install", "algorithm", "stability", "discovery"}
-_COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "composition"}
+_COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "answers", "composition"}
 _AUTHORS = {"files", "markdown", "project", "scaffold", "migration", "contract", "promotion"}
 TOOLS = _AUTHORS | {"cli", "testing", "pytest_plugin"}
 MAY_IMPORT = {
@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "hookspecs": {"errors", "batch"},
     "stages": _CONTRACT | {"processes"},
     "models": _CONTRACT,
+    "answers": _CONTRACT | {"stages"},
     "composition": _COMPOSED,
     "data": {"errors", "options"},
     "training": _COMPOSED | {"data"},

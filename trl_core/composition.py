@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -16,8 +17,18 @@ import pluggy
 
 from . import discovery, stability
 from .algorithm import Algorithm
+from .answers import guarded, is_of, marked, told
 from .discovery import AlgorithmInfo
-from .errors import AlgorithmNotFoundError, AmbiguousAlgorithmError, CompositionError, InvalidHookError, PluginConflict
+from .errors import (
+    AlgorithmNotFoundError,
+    AmbiguousAlgorithmError,
+    BrokenAlgorithmError,
+    CompositionError,
+    HookResultError,
+    InvalidHookError,
+    PluginConflict,
+    words_of,
+)
 from .hookspecs import PROJECT, HookContext, HookSpecs, hook_kinds
 from .options import check_options, definer, hints_of
 
@@ -31,6 +42,11 @@ class Part:
 
     info: AlgorithmInfo
     algorithm: Algorithm
+
+    @property
+    def origin(self) -> str:
+        """Who wrote it, for messages."""
+        return f"{self.info.name!r} of {self.info.distribution} {self.info.version}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +88,7 @@ class Composition:
             PluginConflict: an option is defined twice.
         """
         base: Any = self.root.config
+        _check_options(base, object, self.parts[0])
         owners = {f.name: self.root.name for f in dataclasses.fields(base)}
         options: list[type] = []
         overrides: dict[str, Any] = {}
@@ -80,6 +97,7 @@ class Composition:
             config = part.algorithm.config
             if config is None or part is self.parts[0]:
                 continue
+            _check_options(config, base, part)
             for f in dataclasses.fields(config):
                 if f.name in owners:
                     raise PluginConflict(
@@ -100,7 +118,19 @@ class Composition:
     def trainer_class(self) -> type:
         """The root's trainer class bound to this composition."""
         module, _, attribute = str(self.root.trainer).partition(":")
-        base = getattr(importlib.import_module(module), attribute)
+        origin = self.parts[0].origin
+        try:
+            base = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise BrokenAlgorithmError(
+                f"The trainer {self.root.trainer!r} of {origin} cannot be imported.\n  {words_of(error)}",
+                mend="Name it as 'module:Class' in the plugin's Algorithm(trainer=...).",
+            ) from error
+        if not isinstance(base, type) or not hasattr(base, "default_hooks"):
+            raise BrokenAlgorithmError(
+                f"The trainer {self.root.trainer!r} of {origin} is {base!r}; expected a trainer class of trl-core.",
+                mend="Derive it from trl_core.OnlineTrainer, or from another trainer of trl-core.",
+            )
         doc = f"Trainer of {self.name!r}: {self.own.algorithm.summary}\n\n{inspect.getdoc(base) or ''}"
         return type(self.class_name("Trainer"), (base,), {"composition": self, "__doc__": doc, "__module__": __name__})
 
@@ -152,8 +182,16 @@ class Composition:
             PluginConflict: two algorithms composed side by side provide the same step, or set different defaults for
                 the same option.
         """
+        names = [part.algorithm.name for part in self.parts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            both = " and ".join(repr(part.info.qualified) for part in self.parts if part.algorithm.name == twice[0])
+            raise CompositionError(
+                f"{both} have one name, which nothing can tell apart.", mend="Leave one of them out."
+            )
         for part in self.parts:
-            _check_hooks(part.algorithm.hooks, part.info.qualified)
+            with told("Looking at the hooks", part.origin):
+                _check_hooks(part.algorithm.hooks, part.info.qualified)
+                _check_making(part.algorithm.hooks, part.info.qualified)
         for option in sorted({name for part in self.parts for name in part.algorithm.defaults}):
             self._check_single_default(option)
         for hook, (kind, _) in hook_kinds().items():
@@ -215,21 +253,45 @@ class Composition:
                     what = f"The trainer's argument {name!r} of {part.info.qualified!r}"
                     origin = (part.info.distribution, part.info.version)
                     stability.warn_or_refuse(what, note.removal, note.replacement, *origin)
-        manager = pluggy.PluginManager(PROJECT)
-        manager.add_hookspecs(HookSpecs)
-        objects: dict[str, object] = {}
+        hooks = Hooks()
         if defaults is not None:
-            manager.register(defaults, name=DEFAULTS)
+            hooks.manager.register(defaults, name=DEFAULTS)
         for part in self.parts:
-            if part.algorithm.hooks is not None:
-                objects[part.algorithm.name] = part.algorithm.hooks(context)
-        for name, instance in objects.items():
-            manager.register(instance, name=name)
-        manager.check_pending()
-        hooks = Hooks(manager, objects)
+            if (made := part.algorithm.hooks) is not None:
+                with told("Making the hooks", part.origin):
+                    instance = made(context)
+                if not isinstance(instance, made):
+                    what = f"Making the hooks of {part.origin} gave {type(instance).__name__}, no {made.__name__}."
+                    raise InvalidHookError(what, mend="Give Algorithm(hooks=...) a plain class.")
+                _check_pair(instance, part.info.qualified)
+                hooks.objects[part.algorithm.name] = instance
+                hooks.origins[part.algorithm.name] = part.origin
+        for name, instance in hooks.objects.items():
+            hooks.register(name, instance)
+        if defaults is not None:
+            self._check_called(hooks)
         for name, provider in (extra or {}).items():
             self.add_provider(hooks, name, provider)
         return hooks
+
+    def _check_called(self, hooks: Hooks) -> None:
+        """Check that the trainer calls all that algorithms implement, and that someone provides what it calls."""
+        trainer: Any = self.trainer_class
+        if trainer.calls is None:
+            return
+        for part in self.parts:
+            for hook in (hook for hook in hook_kinds() if hook not in trainer.calls):
+                if _implementation(part.algorithm, hook) is not None:
+                    raise InvalidHookError(
+                        f"The hook {hook!r} of {part.info.qualified!r} is never called by {trainer.__name__}.",
+                        mend=f"Leave it out, or extend another algorithm. Called are: {', '.join(trainer.calls)}.",
+                    )
+        for hook in (hook for hook, (kind, _) in hook_kinds().items() if kind == "provide" and hook in trainer.calls):
+            if all(impl.wrapper for impl in getattr(hooks.call, hook).get_hookimpls()):
+                raise CompositionError(
+                    f"Nobody provides the step {hook!r}, which {trainer.__name__} needs.",
+                    mend=f"Write it as a hook of {self.own.info.qualified!r}, or extend an algorithm that has it.",
+                )
 
     def add_provider(self, hooks: Hooks, name: str, provider: object) -> None:
         """Let a further object take part in a trainer's hooks, for example a generation backend or a callback.
@@ -253,20 +315,44 @@ class Composition:
                         f"{name} and the algorithm {self.name!r} both provide {hook!r}.",
                         mend=f"Leave {name} out, or use an algorithm that does not replace this step.",
                     )
+        _check_pair(provider, name)
         while name in hooks.objects:
             name += "'"
-        hooks.manager.register(provider, name=name)
-        hooks.manager.check_pending()
         hooks.objects[name] = provider
+        hooks.origins[name] = f"{name} ({type(provider).__module__}.{type(provider).__name__})"
+        hooks.register(name, provider)
 
 
 class Hooks:
-    """A trainer's hook objects. `call` is pluggy's relay: `hooks.call.advantages(rollouts=..., keep=...)`."""
+    """A trainer's hook objects. `call` is pluggy's relay: `hooks.call.advantages(rollouts=..., keep=...)`.
 
-    def __init__(self, manager: pluggy.PluginManager, objects: dict[str, object]) -> None:
-        self.manager = manager
-        self.objects = objects
-        self.call = manager.hook
+    Attributes:
+        objects: the hook objects, by the name of the algorithm, or of the provider.
+        origins: who wrote each, for messages.
+        facts: what answers are compared with beside the arguments of a call; see `trl_core.answers.guarded`.
+    """
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager(PROJECT)
+        self.manager.add_hookspecs(HookSpecs)
+        self.objects: dict[str, object] = {}
+        self.origins: dict[str, str] = {}
+        self.facts: dict[str, int] = {}
+        self.call = self.manager.hook
+        self._calls: list[Any] = []
+        self.manager.add_hookcall_monitoring(
+            lambda _, __, arguments: self._calls.append(arguments), lambda *_: self._calls.pop()
+        )
+
+    def register(self, name: str, instance: object) -> None:
+        """Let the hooks of an object in `objects` be called."""
+        self.manager.register(guarded(instance, self.origins[name], self._calls, self.facts), name=name)
+        self.manager.check_pending()
+
+    def acting(self, hook: str) -> list[str]:
+        """Who implements a hook, in the order of the answers of a hook that all answer."""
+        impls = reversed(getattr(self.call, hook).get_hookimpls())
+        return [self.origins.get(impl.plugin_name, impl.plugin_name) for impl in impls]
 
     def changed(self, hook: str) -> bool:
         """Whether any algorithm provides or refines this hook, instead of the trainer alone."""
@@ -274,13 +360,31 @@ class Hooks:
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """State of every hook object that has one, by algorithm name."""
-        return {name: obj.state_dict() for name, obj in self.objects.items() if hasattr(obj, "state_dict")}
+        states: dict[str, dict[str, Any]] = {}
+        for name, obj in self.objects.items():
+            if hasattr(obj, "state_dict"):
+                with told("state_dict", self.origins[name]):
+                    states[name] = obj.state_dict()
+                if not isinstance(states[name], dict):
+                    raise HookResultError(
+                        f"state_dict of {self.origins[name]} returned a {type(states[name]).__name__}, no dict.",
+                        mend="Return a dictionary with all that changes during training; is a `return` forgotten?",
+                    )
+        return states
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """The inverse of `state_dict`; objects without a saved state keep theirs."""
         for name, obj in self.objects.items():
             if name in state and hasattr(obj, "load_state_dict"):
-                obj.load_state_dict(state[name])
+                with told("load_state_dict", self.origins[name]):
+                    obj.load_state_dict(state[name])
+
+    def state_difference(self, state: dict[str, Any]) -> str | None:
+        """Who has a state now and none among the saved ones, or the other way round; None if nobody."""
+        now = {name for name, obj in self.objects.items() if hasattr(obj, "state_dict")}
+        told = [f"{self.origins[name]} has a state, of which nothing is saved" for name in sorted(now - state.keys())]
+        told += [f"the state of {name!r} is saved, which does not take part" for name in sorted(state.keys() - now)]
+        return "; ".join(told) or None
 
 
 # -- resolving a name -------------------------------------------------------------------------------------------------
@@ -387,14 +491,22 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
     def __post_init__(self: Any) -> None:
         check_options(self)  # before anything computes with the values
         _check_deprecated_options(composition, self)
-        base.__post_init__(self)  # type: ignore[attr-defined]
+        try:
+            base.__post_init__(self)  # type: ignore[attr-defined]
+        except Exception as error:
+            # Of transformers' own complaints the algorithm is not to blame.
+            own = is_of(error, base.__module__) and not is_of(error, __name__)
+            with told(check, owners[base]) if own else contextlib.nullcontext():
+                raise
         for option_class in reversed(options):
             if "__post_init__" in vars(option_class):
-                option_class.__post_init__(self)  # type: ignore[attr-defined]
+                with told(check, owners[option_class]):
+                    option_class.__post_init__(self)  # type: ignore[attr-defined]
 
     def __reduce__(self: Any) -> tuple[Any, ...]:
         return _restore_config, (composition.qualified_name, dict(self.__dict__))
 
+    check, owners = "The check of the options", {part.algorithm.config: part.origin for part in composition.parts}
     by_name = {f.name: f for cls in (*options, base) for f in dataclasses.fields(cls)}
     hints = {name: hint for cls in (*options, base) for name, hint in hints_of(cls).items()}
     namespace: dict[str, Any] = {
@@ -410,7 +522,35 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
         # A list or dictionary is copied for each config, so that none changes the others' default.
         default = {"default": value} if value.__hash__ else {"default_factory": functools.partial(copy.deepcopy, value)}
         namespace[name] = dataclasses.field(**default, metadata=by_name[name].metadata)
-    return dataclasses.dataclass(type(composition.class_name("Config"), (*options, base), namespace))
+    try:
+        return dataclasses.dataclass(type(composition.class_name("Config"), (*options, base), namespace))
+    except TypeError as error:
+        raise CompositionError(
+            f"The options of {composition.name!r} make no dataclass: {words_of(error)}",
+            mend="Write plain dataclasses of options that all have a default: @dataclass, neither frozen nor slots.",
+        ) from error
+
+
+def _check_options(config: Any, base: type, part: Part) -> None:
+    """Refuse options, to be merged with those of the base, that would be none, or would break the base."""
+
+    def refuse(what: str, mend: str) -> None:
+        raise CompositionError(f"{config.__qualname__}, the options of {part.origin}, {what}.", mend=mend)
+
+    dataclass_mend = "Put @dataclass over the class, and write each option as `name: type = option(default, help)`."
+    if not dataclasses.is_dataclass(config):
+        refuse("is no dataclass", dataclass_mend)
+    lost = sorted(name for c in config.__mro__ for name, v in vars(c).items() if isinstance(v, dataclasses.Field))
+    lost += [name for name, f in config.__dataclass_fields__.items() if "InitVar" in str(f.type)]
+    if lost:
+        refuse(f"has {lost[0]!r}, which is no field of a dataclass", dataclass_mend)
+    for f in () if base is object else dataclasses.fields(config):
+        if not f.init or f.default is f.default_factory is dataclasses.MISSING:
+            refuse(f"has the option {f.name!r} without a default value", dataclass_mend)
+        inherited = base.__dataclass_fields__  # type: ignore[attr-defined]
+        kept = f.name == "algorithm_name" or f.name.startswith("_") or hasattr(base, f.name)
+        if kept and f.name not in inherited:
+            refuse(f"has the option {f.name!r}, a name that the base keeps for itself", "Choose another name.")
 
 
 def _check_deprecated_options(composition: Composition, config: Any) -> None:
@@ -445,12 +585,6 @@ def _restore_config(name: str, state: dict[str, Any]) -> Any:
 
 
 # -- checking hook implementations ------------------------------------------------------------------------------------
-def marked(owner: object, hook: str) -> dict[str, Any] | None:
-    """The options of `@hookimpl` on the owner's method of that name, or None."""
-    function = getattr(owner, hook, None)
-    return getattr(function, f"{PROJECT}_impl", None)
-
-
 def implements_hooks(owner: object) -> bool:
     """Whether an object has any method marked with `@hookimpl`."""
     return any(marked(owner, hook) for hook in hook_kinds())
@@ -464,13 +598,14 @@ def _check_hooks(hooks: type | None, owner: str) -> None:
     if hooks is None:
         return
     kinds = hook_kinds()
-    for name, function in inspect.getmembers(hooks, callable):
-        options = getattr(function, f"{PROJECT}_impl", None)
+    for name, static in inspect.getmembers_static(hooks):
+        options = marked(hooks, name)
         where = f"The hook {name!r} of {owner!r}"
         if options is None:
-            if name in kinds:
+            if name in kinds and (callable(static) or isinstance(static, property | staticmethod | classmethod)):
                 raise InvalidHookError(f"{where} is not marked, so it would never be called.", mend="Add @hookimpl.")
             continue
+        function = _function_of(static, hooks, where)
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -485,7 +620,46 @@ def _check_hooks(hooks: type | None, owner: str) -> None:
         kind, refine = kinds[name]
         if options["wrapper"] and not refine:
             raise InvalidHookError(f"{where} is a wrapper, but {kind} hooks like it take none.", mend="Use @hookimpl.")
+        if inspect.isgeneratorfunction(inspect.unwrap(function)) is not bool(options["wrapper"]):
+            has = "is a wrapper without a yield" if options["wrapper"] else "has a yield, but is no wrapper"
+            raise InvalidHookError(f"{where} {has}.", mend="@hookimpl(wrapper=True) goes with `result = yield`.")
         _check_arguments(function, name, where)
+
+
+def _function_of(static: Any, hooks: type, where: str) -> Any:
+    """What is called for a marked attribute of a hooks class."""
+    function = static.__get__(None, hooks) if isinstance(static, staticmethod | classmethod) else static
+    if not inspect.isroutine(function):
+        raise InvalidHookError(f"{where} is a {type(static).__name__}, which is never called.", mend="Write a method.")
+    inner = inspect.unwrap(function)
+    if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
+        raise InvalidHookError(f"{where} is a coroutine, for which nobody waits.", mend="Write `def`, not `async def`.")
+    return function
+
+
+def _check_making(hooks: type | None, owner: str) -> None:
+    """Check that hooks can be made from a context, as far as the signature says."""
+    try:
+        if hooks is not None:
+            inspect.signature(hooks).bind(None)
+    except TypeError as error:
+        raise InvalidHookError(
+            f"The hooks class {hooks.__name__} of {owner!r} cannot be made as {hooks.__name__}(context): {error}.",  # type: ignore[union-attr]
+            mend="Write `def __init__(self, context):`.",
+        ) from None
+    except ValueError:
+        pass  # it has no signature that Python can tell
+
+
+def _check_pair(instance: object, owner: str) -> None:
+    """Check that who has a state can also take it back."""
+    has = {name: callable(getattr(instance, name, None)) for name in ("state_dict", "load_state_dict")}
+    for name, other in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
+        if has[name] and not has[other]:
+            raise InvalidHookError(
+                f"{owner!r} has {name}, but no {other}: after a resume its state would be another.",
+                mend=f"Write {other} too, or neither.",
+            )
 
 
 def _check_arguments(function: Any, hook: str, where: str) -> None:

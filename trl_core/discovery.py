@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import ast
 import difflib
+import email
 import functools
 import importlib.util
+import keyword
+import os
 import re
+import stat
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from configparser import RawConfigParser
 from dataclasses import dataclass
+from email.message import Message
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 import importlib_metadata
-from importlib_metadata import PackageMetadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from . import install
 from .algorithm import Algorithm
-from .errors import AlgorithmNotFoundError, AmbiguousAlgorithmError, BrokenAlgorithmError, TRLCoreError
+from .errors import (
+    AlgorithmNotFoundError,
+    AmbiguousAlgorithmError,
+    BrokenAlgorithmError,
+    TRLCoreError,
+    one_line,
+    words_of,
+)
 from .stability import Stability
 
 CORE = "trl-core"
@@ -38,7 +50,10 @@ _SECTION = re.compile(r"^\s*\[trl[-_]core", re.IGNORECASE | re.MULTILINE)
 _VALUE = re.compile(r"([\w.]+)\s*:\s*([\w.]+)\s*(?:\[.*\])?")
 # "+" and ":" have a meaning in the spelling of a composition.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_LONGEST_NAME = 100
 _REEXPORTS = 3
+_LARGEST = 4 * 2**20
+"""Bytes of a file that is looked at for the listing."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +97,25 @@ class UnknownGroup:
 
 
 @dataclass(frozen=True)
+class Damaged:
+    """A distribution of which nothing can be listed."""
+
+    place: str
+    """What it is called on the import path."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place} is left out: {self.reason}"
+
+
+@dataclass(frozen=True)
 class _Entry:
     name: str
     value: str
     group: str
     distribution: str
     version: str
-    metadata: PackageMetadata
+    metadata: Message
 
 
 def core_version() -> str:
@@ -97,13 +124,14 @@ def core_version() -> str:
     Raises:
         TRLCoreError: trl-core is on the import path but not installed, so that nothing can be discovered.
     """
-    try:
-        return importlib_metadata.version(CORE)
-    except importlib_metadata.PackageNotFoundError:
-        raise TRLCoreError(
-            f"The distribution {CORE} is not installed, so its version and its own algorithms are unknown.",
-            mend=f"Install it: {install.how(CORE)}.",
-        ) from None
+    for distribution in _distributions(name=CORE):
+        metadata = _metadata(distribution)
+        if metadata is not None and metadata.get("Version"):
+            return str(metadata["Version"])
+    raise TRLCoreError(
+        f"The distribution {CORE} is not installed, so its version and its own algorithms are unknown.",
+        mend=f"Install it: {install.how(CORE)}.",
+    )
 
 
 def list_algorithms() -> list[AlgorithmInfo]:
@@ -117,6 +145,18 @@ def list_algorithms() -> list[AlgorithmInfo]:
     return sorted(infos, key=lambda info: (info.name, info.distribution, info.stability.value))
 
 
+def damaged() -> list[Damaged]:
+    """Distributions whose metadata cannot be read, although they may register an algorithm, with the reason."""
+    found = {}
+    for distribution in _distributions():
+        place, registered = _place(distribution), _registered(distribution)
+        if registered is None:
+            found[place] = "its entry_points.txt is no text file that can be read"
+        elif _SECTION.search(registered) and _read(distribution) is None:
+            found[place] = "its METADATA has no name or cannot be read, or its entry_points.txt has another form"
+    return [Damaged(one_line(place, _LONGEST_NAME), reason) for place, reason in sorted(found.items())]
+
+
 def unknown_groups() -> list[UnknownGroup]:
     """Entry-point groups of installed distributions that are probably misspelt."""
     names: dict[tuple[str, str], list[str]] = {}
@@ -128,7 +168,8 @@ def unknown_groups() -> list[UnknownGroup]:
         # Compared without the common beginning, which alone would make any two groups look alike.
         close = difflib.get_close_matches(group.lower().rpartition(".")[2], list(Stability), n=1)
         suggestion = f"trl_core.{close[0]}" if close else None
-        found.append(UnknownGroup(group, distribution, tuple(sorted(registered)), suggestion))
+        listed = sorted(registered)[:20] + ["..."] * (len(registered) > 20)
+        found.append(UnknownGroup(one_line(group, _LONGEST_NAME), distribution, tuple(listed), suggestion))
     return found
 
 
@@ -174,15 +215,39 @@ def load(algorithm: str | AlgorithmInfo) -> Algorithm:
         mend, missing = update, error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and missing.partition(".")[0] not in (module.partition(".")[0], __package__):
             mend = f"Install what provides the module {missing!r}; often: pip install {missing.partition('.')[0]}"
-        what = f"{info} cannot be imported.\n  {type(error).__name__}: {error}"
+        what = f"{info} cannot be imported.\n  {words_of(error)}"
         raise BrokenAlgorithmError(what, mend=mend) from error
     if not isinstance(found, Algorithm):
         wrong = f"is an object of type {type(found).__name__!r}; expected a trl_core.Algorithm"
     elif found.name != info.name:
         wrong = f"calls itself {found.name!r}; expected the name of the entry point"
+    elif wrong_fields := _wrong_fields(found):
+        wrong = f"has {wrong_fields}"
     else:
         return found
     raise BrokenAlgorithmError(f"{info} {wrong}.", mend=update)
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("config", "hooks"), (type, type(None))),
+    **dict.fromkeys(("defaults", "arguments", "deprecated"), (Mapping,)),
+    **dict.fromkeys(("extends", "trainer", "config_name", "trainer_name", "removal", "replacement"), (str, type(None))),
+    "summary": (str,),
+}
+
+
+def _wrong_fields(algorithm: Algorithm) -> str | None:
+    """What an `Algorithm` was given that is of the wrong kind, or None."""
+    for name, kinds in _FIELDS.items():
+        value = getattr(algorithm, name)
+        if not isinstance(value, kinds):
+            expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            return f"{name}={one_line(repr(value), 80)}, a {type(value).__name__}; expected: {expected}"
+        names = value if isinstance(value, Mapping) else [value] if name.endswith("_name") and value else []
+        for each in names:
+            if not isinstance(each, str) or not each.isidentifier() or keyword.iskeyword(each):
+                return f"in {name} {each!r}, which is no Python name"
+    return None
 
 
 # -- scanning ---------------------------------------------------------------------------------------------------------
@@ -193,19 +258,67 @@ def _entries() -> Iterator[_Entry]:
     """
     # A package that was installed a moment ago, by this very process perhaps, is to be seen.
     importlib.invalidate_caches()
-    candidates = (each for each in importlib_metadata.distributions() if _SECTION.search(_registered(each)))
-    for name in sorted({entry.distribution for each in candidates for entry in _read(each) or []}):
+    candidates = [each for each in _distributions() if _SECTION.search(_registered(each) or "")]
+    for name, found in sorted({name: each for each in candidates if (name := _name(each))}.items()):
         # Asked for again by name: of several copies on the path the first counts, which need not be the one found
-        # above, for it may register nothing.
-        copies = map(_read, importlib_metadata.distributions(name=name))
+        # above, for it may register nothing. (A folder of another name is not found so.)
+        copies = map(_read, (*_distributions(name=name), found))
         yield from next((entries for entries in copies if entries is not None), [])
 
 
-def _registered(distribution: Any) -> str:
+def _distributions(**name: str) -> Iterator[Any]:
+    """All distributions on the import path, or those of a name."""
+    path = [entry for entry in sys.path if isinstance(entry, str) and _is_readable(entry or ".", folder=True)]
     try:
-        return distribution.read_text("entry_points.txt") or ""
+        yield from importlib_metadata.distributions(path=path, **name)
+    except Exception:  # of a finder that somebody has put on sys.meta_path
+        context = importlib_metadata.DistributionFinder.Context(path=path, **name)  # type: ignore[no-untyped-call]
+        yield from importlib_metadata.MetadataPathFinder.find_distributions(context)
+
+
+def _is_readable(path: str | os.PathLike[str], *, folder: bool = False) -> bool:
+    """Whether opening it gives text and comes to an end: a pipe would wait for ever."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return (folder and stat.S_ISDIR(found.st_mode)) or (
+        stat.S_ISREG(found.st_mode) and (folder or found.st_size <= _LARGEST)
+    )
+
+
+def _text_of(distribution: Any, file: str) -> str | None:
+    """A file of a distribution's metadata; "" if there is none, None if it cannot be read."""
+    folder = getattr(distribution, "_path", None)
+    try:
+        if isinstance(folder, Path):
+            path = folder / file if file else folder
+            if not os.path.lexists(path) or not folder.is_dir():
+                return "" if file else None
+            if not _is_readable(path):
+                return None
+        return distribution.read_text(file) or ""
     except Exception:
-        return ""
+        return None
+
+
+def _registered(distribution: Any) -> str | None:
+    return _text_of(distribution, "entry_points.txt")
+
+
+def _metadata(distribution: Any) -> Message | None:
+    text = next((text for file in ("METADATA", "PKG-INFO") if (text := _text_of(distribution, file)) != ""), None)
+    return None if text is None else email.message_from_string(text)
+
+
+def _name(distribution: Any) -> str | None:
+    metadata = _metadata(distribution)
+    name = None if metadata is None else metadata.get("Name")
+    return canonicalize_name(name) if isinstance(name, str) and name.strip() else None
+
+
+def _place(distribution: Any) -> str:
+    return str(getattr(getattr(distribution, "_path", None), "name", type(distribution).__name__))
 
 
 def _read(distribution: Any) -> list[_Entry] | None:
@@ -213,14 +326,21 @@ def _read(distribution: Any) -> list[_Entry] | None:
     # Not `distribution.entry_points`: in some versions of importlib_metadata one bad value there raises for all.
     parser = RawConfigParser(delimiters="=", strict=False)
     parser.optionxform = str  # type: ignore[method-assign,assignment]
+    name, metadata, registered = _name(distribution), _metadata(distribution), _registered(distribution)
+    if name is None or metadata is None or registered is None:
+        return None
     try:
-        metadata = distribution.metadata
-        name, version = canonicalize_name(metadata.get("Name")), metadata.get("Version") or "unknown"
-        parser.read_string(_registered(distribution))
+        parser.read_string(registered)
+        version = one_line(str(metadata.get("Version") or "unknown"), 50)
     except Exception:
         return None
+    shown = one_line(name, _LONGEST_NAME)
     ours = [group for group in parser.sections() if _OURS.fullmatch(group)]
-    return [_Entry(*point, group, name, version, metadata) for group in ours for point in parser.items(group)]
+    return [
+        _Entry(one_line(point, _LONGEST_NAME + 1), one_line(value), group, shown, version, metadata)
+        for group in ours
+        for point, value in parser.items(group)
+    ]
 
 
 def _split(value: str) -> tuple[str, str] | None:
@@ -235,13 +355,18 @@ def _split(value: str) -> tuple[str, str] | None:
 def _info(entry: _Entry, core: str) -> AlgorithmInfo:
     stability, broken = GROUPS[entry.group], _why_broken(entry, core)
     literal, extends = _literals(entry.value)
-    summary = " ".join((literal or entry.metadata.get("Summary") or "").split()) or None
+    summary = one_line(str(literal or entry.metadata.get("Summary") or "")) or None
+    extends = None if extends is None else one_line(extends, _LONGEST_NAME)
     return AlgorithmInfo(
         entry.name, stability, entry.distribution, entry.version, entry.value, summary, extends, broken
     )
 
 
 def _why_broken(entry: _Entry, core: str) -> str | None:
+    if len(entry.name) > _LONGEST_NAME:
+        return f"its name is longer than {_LONGEST_NAME} characters"
+    if not _NAME.fullmatch(entry.distribution):
+        return f"the name {entry.distribution!r} of its distribution is none"
     if not _NAME.fullmatch(entry.name):
         return f"its name {entry.name!r} has characters other than letters, digits, '_', '.' and '-'"
     if (where := _split(entry.value)) is None:
@@ -253,7 +378,7 @@ def _why_broken(entry: _Entry, core: str) -> str | None:
             requirement = Requirement(text)
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         except ValueError:
-            return f"its requirement {text!r} cannot be read"
+            return f"its requirement {one_line(text, 200)!r} cannot be read"
         if applies and not requirement.specifier.contains(core, prereleases=True):
             return f"it requires {CORE}{requirement.specifier}, and {CORE} {core} is installed"
     top = where[0].partition(".")[0]
@@ -273,10 +398,7 @@ def _literals(value: str) -> tuple[str | None, str | None]:
             spec = find_spec(module)
             if spec is None or spec.loader is None:
                 break
-            source = spec.loader.get_source(spec.name)  # type: ignore[attr-defined]
-            # Python warns of some spellings when it compiles them; that is for whoever imports the plugin.
-            with warnings.catch_warnings(action="ignore"):
-                bound = _binding(ast.parse(source), name)
+            bound = _binding(_tree(spec), name)
             if isinstance(bound, ast.Call) and ast.unparse(bound.func).rpartition(".")[2] == "Algorithm":
                 given = dict(zip(("name", "summary", "extends"), bound.args, strict=False))
                 given |= {keyword.arg: keyword.value for keyword in bound.keywords if keyword.arg}
@@ -290,6 +412,26 @@ def _literals(value: str) -> tuple[str | None, str | None]:
     except Exception:
         pass
     return None, None
+
+
+_trees: dict[str, tuple[tuple[int, int], ast.Module]] = {}
+
+
+def _tree(spec: ModuleSpec) -> ast.Module:
+    """The source of a module, read again only when its file has changed: many algorithms may stand in one."""
+    origin, version = str(spec.origin), (0, 0)
+    if os.path.lexists(origin):
+        found = os.stat(origin)
+        version = (found.st_mtime_ns, found.st_size)
+        if not _is_readable(origin):
+            return ast.Module([], [])  # a pipe, or too large to be looked at
+    known = _trees.get(origin)
+    if known is None or known[0] != version or version == (0, 0):
+        source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
+        # Python warns of some spellings when it compiles them; that is for whoever imports the plugin.
+        with warnings.catch_warnings(action="ignore"):
+            known = _trees[origin] = version, ast.parse(source)
+    return known[1]
 
 
 def find_spec(module: str) -> ModuleSpec | None:
@@ -340,9 +482,10 @@ def _text(node: ast.expr | None) -> str | None:
 # -- messages ---------------------------------------------------------------------------------------------------------
 def _not_found(name: str, entries: list[_Entry]) -> AlgorithmNotFoundError:
     spellings = {f"{entry.distribution}:{entry.name}" if ":" in name else entry.name for entry in entries}
-    close = difflib.get_close_matches(name.lower(), sorted(spellings), n=3)
+    close = difflib.get_close_matches(name.lower()[:_LONGEST_NAME], sorted(spellings), n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     typos = "".join(f"\n  {unknown}" for unknown in unknown_groups() if name.rpartition(":")[2] in unknown.names)
+    typos += "".join(f"\n  {each}" for each in damaged())
     return AlgorithmNotFoundError(
         f"No installed distribution registers the algorithm {name!r}.{hint}{typos}",
         mend="Run `trl-core list` to see what is installed, or install the distribution that registers it.",

@@ -12,6 +12,29 @@ from typing import Any
 from .redaction import hide
 
 
+def printable(text: str) -> str:
+    """The text with every character that acts on a terminal, or cannot be seen, as an escape; lines stay lines."""
+    if text.isprintable():
+        return text
+    kept = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(kept)
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """Words that somebody else wrote, in one line that can be shown: printable, and no longer than `most`."""
+    line = printable(" ".join(text[: 10 * most].split()))
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def words_of(error: BaseException) -> str:
+    """Type and text of an exception of somebody else's, which may fail to say anything."""
+    try:
+        text = one_line(str(error))
+    except Exception as failure:
+        text = f"(its text cannot be had: {type(failure).__name__})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class TRLCoreError(Exception):
     """Base of all errors raised by trl-core.
 
@@ -24,7 +47,7 @@ class TRLCoreError(Exception):
     def __init__(self, what: str, *, mend: str) -> None:
         self.what = what = hide(what)
         self.mend = mend = hide(mend)
-        super().__init__(f"{what}\n  To mend: {mend}")
+        super().__init__(printable(f"{what}\n  To mend: {mend}"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Raised in a worker process, an error travels as a copy; by default it would be made without its mend."""
@@ -79,6 +102,10 @@ class OutputDirError(TRLCoreError, OSError):
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
+class PluginError(TRLCoreError, RuntimeError):
+    """Code of a plugin raised an exception: a hook, the making of its hooks, an option's check, or its state."""
+
+
 class HookResultError(TRLCoreError, ValueError):
     """A hook, filter or backend returned something of the wrong shape, type or value."""
 

@@ -6,6 +6,9 @@ import argparse
 import json
 from typing import Any
 
+from rich.text import Text
+
+from ..errors import printable
 from ..hookspecs import hook_kinds
 from ..options import help_of, type_name
 from .flags import LIBRARY, TRAINER, groups_of
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     console = make_console()
     for title, rows in tables.items():
         if rows:
-            console.print(f"{title}:")
+            console.print(Text(printable(f"{title}:")))
             cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
             print_rows(console, list(rows[0]), cells)
     if left_out:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..discovery import AlgorithmInfo, list_algorithms, unknown_groups
+from ..discovery import AlgorithmInfo, damaged, list_algorithms, unknown_groups
+from ..errors import printable
 from ..markdown import table
 
 
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"warning: left out {info.qualified}: {info.broken}", file=sys.stderr)
     else:
         _print_table(usable, broken)
-    for unknown in unknown_groups():
-        print(f"warning: {unknown}", file=sys.stderr)
+    for warning in (*unknown_groups(), *damaged()):
+        print(f"warning: {printable(str(warning))}", file=sys.stderr)
     return 0
 
 
@@ -80,6 +81,6 @@ def print_rows(console: Console, header: list[str], rows: list[list[str]]) -> No
     """Print a table."""
     table = Table(*header, box=SIMPLE_HEAD)
     for row in rows:
-        # Text, not str: what a distribution says of itself is no markup of ours.
-        table.add_row(*map(Text, row))
+        # Text, not str: what a distribution says of itself is no markup of ours, and no command to the terminal.
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

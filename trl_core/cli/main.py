@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ..errors import TRLCoreError
+from ..errors import TRLCoreError, printable
 from ..redaction import hide_error
 
 COMMANDS = {
@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The code is 2 where trl-core refuses something; what and how to mend it is then on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what cannot be shown there must not stop the command
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="trl-core", description="Post-training of language models by plugins.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(metavar="COMMAND")
@@ -56,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         return int(args.run(args))
     except TRLCoreError as error:
-        print(f"trl-core: {type(error).__name__}: {error}", file=sys.stderr)
+        for line in (f"trl-core: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())):
+            print(printable(line), file=sys.stderr)
         return 2
     except Exception as error:
         hide_error(error)

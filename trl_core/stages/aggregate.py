@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..batch import TokenRows
-from ..errors import HookResultError
 
 ROW_MEAN = ("grpo", "sapo")
 TOKEN_SUM = ("dapo", "cispo", "vespo")
@@ -105,26 +104,5 @@ def aggregate(terms: Mapping[Any, Tensor | TokenMean], weights: Tensor, accumula
 
 
 def pair_mean(losses: Tensor, accumulation: int = 1) -> Tensor:
-    """Scalar loss of a micro-batch: the mean of the (P,) losses of its pairs, divided by the micro-batches of a step.
-
-    Raises:
-        HookResultError: the losses are not (P,).
-    """
-    if not isinstance(losses, Tensor) or losses.dim() != 1:
-        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        raise HookResultError(f"pair_loss has {got}; expected one value per pair.", mend="Return a tensor (P,).")
+    """Scalar loss of a micro-batch: the mean of the (P,) losses, divided by the micro-batches of a step."""
     return losses.sum() / max(losses.numel(), 1) / accumulation
-
-
-def per_token(what: str, answer: Any, tokens: Tensor) -> Any:
-    """The answer of a hook; raises `HookResultError` unless it is a `TokenMean` or has one value per loss token."""
-    if isinstance(answer, TokenMean) and answer.values.dim() == 1 and answer.mask.shape == answer.values.shape:
-        return answer
-    values = answer.values if isinstance(answer, TokenMean) else answer
-    if not isinstance(values, Tensor) or values.shape != tokens.shape:
-        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-        raise HookResultError(
-            f"{what} has {got}; expected one value per loss token, shape {tuple(tokens.shape)}.",
-            mend="Return per-token values; the core forms means and sums.",
-        )
-    return answer

@@ -26,7 +26,6 @@ from transformers import TrainingArguments
 
 import trl_core
 
-from ..batch import TokenRows
 from ..composition import Hooks, compose, default_of
 from ..discovery import CORE, load, source_files
 from ..errors import ConformanceError
@@ -270,7 +269,7 @@ def check_state_survives_storage(subject: Subject, folder: Path) -> None:
 
 def _stored(hooks: Hooks) -> tuple[str, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
-    return json.dumps(split_tensors(hooks.state_dict(), tensors)), tensors
+    return json.dumps(split_tensors({"hooks": hooks.state_dict()}, tensors)["hooks"]), tensors
 
 
 def check_writes_only_into_output_dir(subject: Subject, folder: Path) -> None:
@@ -289,27 +288,50 @@ def check_hooks_leave_their_arguments_alone(subject: Subject, folder: Path) -> N
     """No hook changes the policy, rows or tensors it is given: what other plugins see would depend on their order."""
     _first(check_trains, subject, folder)
     trainer, changed = subject.trainer(folder), set[str]()
-    given: list[dict[str, Tensor]] = []
+    given: list[dict[str, Any]] = []
 
     def before(hook: str, _: Any, arguments: dict[str, Any]) -> None:
-        given.append({name: value.detach().clone() for name, value in _tensors(arguments).items()})
+        copies = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in _seen(hook, arguments).items()}
+        given.append(copies)
 
     def after(_: Any, hook: str, __: Any, arguments: dict[str, Any]) -> None:
-        earlier, now = given.pop(), _tensors(arguments)
+        earlier, now = given.pop(), _seen(hook, arguments)
         noted = {name for name in now.keys() - earlier.keys() if hook == "advantages" and ".notes." in name}
-        changed.update(f"{hook}: {name}" for name in _differing(now, earlier) if name not in noted)
+        others = {name for name in now.keys() & earlier.keys() if not _is_same(now[name], earlier[name])}
+        changed.update(f"{hook}: {name}" for name in (now.keys() ^ earlier.keys() | others) - noted)
 
     trainer.hooks.manager.add_hookcall_monitoring(before, after)
     trainer.train()
     require(not changed, f"Hooks of {subject.name!r} change their arguments: {sorted(changed)}.", "Return a copy.")
 
 
-def _tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    rows = {name: value.tensors() for name, value in arguments.items() if isinstance(value, TokenRows)}
-    if isinstance(policy := arguments.get("policy"), nn.Module):
-        rows["policy"] = policy.state_dict()
-    inner = {f"{name}.{key}": tensor for name, tensors in rows.items() for key, tensor in tensors.items()}
-    return inner | {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+def _seen(hook: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hook may not change, by name: tensors as they are, and the text of all else.
+
+    The reference may follow the policy after a step.
+    """
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, nn.Module):
+            inner = {} if (hook, name) == ("after_step", "reference") else value.state_dict()
+        elif dataclasses.is_dataclass(value):
+            inner = {key: item for key, item in vars(value).items() if key != "notes"}
+            inner |= {f"notes.{key}": item for key, item in getattr(value, "notes", {}).items()}
+        else:
+            inner = {"": value}
+        found |= {f"{name}.{key}".rstrip("."): item for key, item in inner.items()}
+    return {name: item if isinstance(item, Tensor) else repr(item) for name, item in found.items()}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and bool(one == other)
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and torch.equal(one.isnan(), other.isnan())
+        and (torch.equal(one.nan_to_num(), other.nan_to_num()))
+    )
 
 
 # -- running them -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from ..models.parts import joined, parts_of, without_output
 from ..models.reference import ReferenceModel, mix_into
 from ..options import check_options, require
 from ..redaction import remember
+from ..stages.aggregate import TokenMean
 from .arguments import check_arguments, check_names, given_arguments
 from .card import sources
 from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
@@ -113,6 +114,8 @@ class CoreTrainer(CheckpointedTrainer):
     """
 
     default_hooks: ClassVar[type[DefaultHooks]] = DefaultHooks
+    calls: ClassVar[tuple[str, ...] | None] = None
+    """Hooks that the trainer calls; None if it does not say."""
     new_head: ClassVar[str | None] = None
     """Module of the model that starts untrained, so that an adapter must not leave it frozen."""
 
@@ -138,12 +141,13 @@ class CoreTrainer(CheckpointedTrainer):
         args = self._checked_args(args)
         self.context = HookContext(args, self._checked_arguments(arguments or {}))
         self.metrics = Metrics()
+        self.loss_parts: dict[str, Tensor] = {}
         self.hooks = self.composition.instantiate(self.context, self.default_hooks(self), providers)
         callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
         for callback in callbacks:
             self._take_part(callback)
         callbacks += [hooks for hooks in self.hooks.objects.values() if isinstance(hooks, TrainerCallback)]
-        callbacks = list(dict.fromkeys(callbacks))
+        callbacks = list({id(callback): callback for callback in callbacks}.values())
         check_output_dir(args.output_dir)
         self._check_reference(args, ref_model, adapter=peft_config is not None)
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
@@ -155,6 +159,8 @@ class CoreTrainer(CheckpointedTrainer):
         self.check_datasets(train_dataset, eval_dataset, policy, tokenizer, args)
         self._check_reference(args, ref_model, adapter=is_peft(policy))
         self.sources = sources(policy, train_dataset, eval_dataset)
+        if vocabulary := getattr(policy.config.get_text_config(), "vocab_size", None):  # type: ignore[operator,union-attr]
+            self.hooks.facts["vocabulary"] = vocabulary
         self.terminators = self.find_terminators(tokenizer, policy, args)
         self.pad_token_id: int = tokenizer.pad_token_id
         policy = add_adapter(policy, peft_config, args.activation_checkpointing, self.new_head)
@@ -197,7 +203,7 @@ class CoreTrainer(CheckpointedTrainer):
 
     # -- callbacks ------------------------------------------------------------------------------------------------
     def _take_part(self, callback: Any) -> None:
-        if implements_hooks(callback) and callback not in self.hooks.objects.values():
+        if implements_hooks(callback) and all(callback is not other for other in self.hooks.objects.values()):
             self.composition.add_provider(self.hooks, type(callback).__name__, callback)
 
     def add_callback(self, callback: Any) -> None:
@@ -320,21 +326,23 @@ class CoreTrainer(CheckpointedTrainer):
     # -- extra models ---------------------------------------------------------------------------------------------
     def _make_extra_models(self, policy: nn.Module, args: Any) -> dict[str, nn.Module]:
         models: dict[str, nn.Module] = {}
-        for answer in self.hooks.call.extra_models(policy=policy):
-            for name, module in answer.items():
-                wrong = None
-                if name in CHECKPOINT_FILES:
-                    wrong = "which a file of each checkpoint has"
-                elif name in models:
-                    wrong = "twice"
-                elif not isinstance(module, nn.Module):
-                    wrong = "to no module"
-                if wrong:
-                    raise HookResultError(
-                        f"extra_models gave the name {name!r} {wrong}.",
-                        mend="Return a dictionary of modules; give each a name of its own.",
-                    )
-                models[name] = module
+        owners = {id(parameter): "the policy" for parameter in policy.parameters()}
+        answers = zip(self.hooks.acting("extra_models"), self.hooks.call.extra_models(policy=policy), strict=False)
+        for who, name, module in ((who, *entry) for who, answer in answers for entry in answer.items()):
+            wrong = None
+            if name.lower() in CHECKPOINT_FILES:
+                wrong = "which a file of each checkpoint has"
+            elif name.lower() in map(str.lower, models):
+                wrong = "twice, as far as a file system tells capitals apart"
+            elif others := {owners[id(p)] for p in module.parameters() if id(p) in owners}:
+                wrong = f"to a module that shares parameters with {sorted(others)[0]}, which would be trained twice"
+            if wrong:
+                raise HookResultError(
+                    f"extra_models gave the name {name!r} {wrong}. It is the hook of {who}.",
+                    mend="Return modules with parameters of their own, each under a name of its own.",
+                )
+            owners |= dict.fromkeys(map(id, module.parameters()), f"the model {name!r}")
+            models[name] = module
         for module in models.values():
             if args.disable_dropout:
                 disable_dropout(module)
@@ -418,6 +426,24 @@ class CoreTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     # -- the loss -------------------------------------------------------------------------------------------------
+    def loss_terms(self, samples: TokenRows, logps: Tensor, log_ratio: Tensor | None) -> dict[str, Tensor | TokenMean]:
+        """The loss terms of all algorithms, by their names and their algorithms'."""
+        answers = self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio)
+        named = zip(self.hooks.acting("loss_terms"), answers, strict=False)
+        terms = {f"the loss term {name!r} of {who}": term for who, answer in named for name, term in answer.items()}
+        values = {name: term.values if isinstance(term, TokenMean) else term for name, term in terms.items()}
+        self.loss_parts = {name: value.detach() for name, value in values.items()}
+        return terms
+
+    def check_gradient(self, loss: Tensor) -> None:
+        """Raise `HookResultError` if there is nothing to learn from the loss of a micro-batch of training."""
+        if self.context.training and not loss.requires_grad:
+            raise HookResultError(
+                f"The loss of {self.composition.name!r} has no gradient; it consists of "
+                f"{', '.join(self.loss_parts) or 'no term'}.",
+                mend="Form loss terms of `logps`, which carries the gradient, without detach(); train some weights.",
+            )
+
     @property
     def exact_layouts(self) -> Layouts | None:
         """How the policy's rows are laid out: padded while a router's loss, which counts every token, is formed."""
@@ -556,6 +582,7 @@ class CoreTrainer(CheckpointedTrainer):
         Raises:
             NonFiniteLossError: with `on_nonfinite_loss="stop"`.
         """
+        self.check_gradient(loss)
         bad = not bool(torch.isfinite(loss))
         if not any(gather_object([bad])):
             return loss
@@ -567,7 +594,9 @@ class CoreTrainer(CheckpointedTrainer):
             path.write_text(json.dumps({"loss": str(loss.item()), "rows": rows}, indent=1, default=str))
         if self.args.on_nonfinite_loss == "stop":
             self.failed_everywhere = True
-            found = f"is {loss.item()}; the {len(rows)} rows of the micro-batch are in {path}"
+            of = [name for name, values in self.loss_parts.items() if not bool(values.isfinite().all())]
+            because = f", as {' and '.join(of)} is not finite" if of else ""
+            found = f"is {loss.item()}{because}; the {len(rows)} rows of the micro-batch are in {path}"
             raise NonFiniteLossError(
                 f"The loss at step {self.state.global_step + 1} {found if bad else 'is bad in another process'}.",
                 mend="Lower the learning rate, look at the rows, or set on_nonfinite_loss='skip'.",

@@ -59,6 +59,7 @@ from .state import (
     read_run,
     read_state,
     rotate,
+    split_tensors,
     step_of,
     verify,
     write_manifest,
@@ -190,7 +191,8 @@ class CheckpointedTrainer(Trainer):
         self.failed_everywhere = self.accelerator.num_processes == 1
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         rng = (random.getstate(), numpy.random.get_state(), torch.get_rng_state(), devices)
-        self._before = (join_tensors(self.state_of_run(), {}), rng)
+        tensors: dict[str, torch.Tensor] = {}
+        self._before = (split_tensors(self.state_of_run(), tensors, copy=False), tensors, rng)
 
     def _rescue(self) -> None:
         """Save a checkpoint as of the last step that was done, so that nothing trained is lost."""
@@ -198,12 +200,12 @@ class CheckpointedTrainer(Trainer):
         if phase in (OUTSIDE, UPDATING) or self._signals.at_once:
             return  # nothing is trained, the weights are neither those before nor after the step, or there is no time
         if phase == STEP_BEGUN:
-            state, (python, numpys, cpu, devices) = self._before
+            state, tensors, (python, numpys, cpu, devices) = self._before
             random.setstate(python)
             numpy.random.set_state(numpys)
             torch.set_rng_state(cpu)
             torch.cuda.set_rng_state_all(devices)
-            self.load_state_of_run(state)
+            self.load_state_of_run(join_tensors(state, tensors))
         if self.state.global_step == 0 or not self.failed_everywhere:
             return  # nothing is trained yet, or the other processes are not here to take part
         for module in (self.model, *self.extra_models.values()):
@@ -548,7 +550,8 @@ class CheckpointedTrainer(Trainer):
         """Refuse other options and inputs than the checkpoint's, or, if told so, note them for what is loaded next."""
         found, unknown = compare(record, self.resume_options(), self.resume_inputs())
         self._changed = frozenset(difference.of for difference in found)
-        listed = "; ".join(map(str, found))
+        others = self.hooks.state_difference(record["state"].get("hooks", {}))
+        listed = "; ".join(map(str, [*found, *([others] if others else [])]))
         if unknown:
             what = ", ".join(unknown)
             logger.warning("%s says nothing about, so that it cannot be compared: %s.", folder.name, what)
@@ -557,12 +560,12 @@ class CheckpointedTrainer(Trainer):
                 f"{folder.name} holds the weights of another run ({listed}).",
                 mend=f"Resume with the same {', '.join(sorted(held))}, or start a new run from the saved weights.",
             )
-        if found and self.args.resume_check == "strict":
+        if listed and self.args.resume_check == "strict":
             raise CheckpointError(
                 f"{folder.name} was written with other options ({listed}).",
                 mend="Use the same options, or set resume_check='warn' to go on with the new ones.",
             )
-        if found:
+        if listed:
             logger.warning("Resuming %s with other options: %s.", folder.name, listed)
         if "train_dataset" in self._changed:
             logger.warning("The run goes on in the new train_dataset at the epoch and the step it had reached.")

@@ -18,7 +18,7 @@ from ..data.tokenization import prepare_language
 from ..errors import ConfigError
 from ..models.loading import customize_tokenizer, load_tokenizer
 from ..options import require
-from ..stages.aggregate import Counters, aggregate, per_token, token_weights
+from ..stages.aggregate import Counters, aggregate, token_weights
 from .base import CoreTrainer, rows_for_inspection
 from .loader import EndlessStream, permutation
 
@@ -60,6 +60,7 @@ class OfflineTrainer(CoreTrainer):
 
     forms: ClassVar[tuple[str, ...]] = ("language_modeling", "prompt_completion")
     """Dataset types that `check_datasets` accepts."""
+    calls: ClassVar[tuple[str, ...] | None] = ("extra_models", "loss_terms", "after_step")
     tokenised: ClassVar[tuple[str, ...]] = ("input_ids",)
     """Columns of rows that are tokenised already."""
 
@@ -254,12 +255,7 @@ class OfflineTrainer(CoreTrainer):
         weights = token_weights(
             rows, "dapo", counters, max_completion_length=1, accumulation=accumulation, processes=processes
         )
-        contributions = self.hooks.call.loss_terms(samples=rows, logps=scores.logps, log_ratio=None)
-        terms = {
-            (number, name): per_token(f"The loss term {name!r}", term, scores.logps)
-            for number, contribution in enumerate(contributions)
-            for name, term in contribution.items()
-        }
+        terms = self.loss_terms(rows, scores.logps, None)
         self._record("entropy", _mean(scores.statistics["entropy"]), scores.logps.numel())
         self._record("mean_token_accuracy", _mean(scores.statistics["accuracy"]), scores.logps.numel())
         return aggregate(terms, weights, accumulation), scores.output

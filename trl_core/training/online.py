@@ -19,14 +19,14 @@ from ..errors import ConfigError, HookResultError
 from ..models.loading import max_positions
 from ..models.logprobs import STATES, TokenScores, token_logps
 from ..models.parts import joined, without_output
-from ..stages.aggregate import Counters, aggregate, per_token, token_weights
+from ..stages.aggregate import Counters, aggregate, token_weights
 from ..stages.rewards import RewardFunctions
 from .base import rows_for_inspection
 from .completions import CompletionLog
 from .config import as_dict
 from .loader import PromptLoader, SparePrompts, as_is, permutation, prompt_loader
 from .metrics import rollout_metrics
-from .rollout import RolloutSteps, checked
+from .rollout import RolloutSteps
 
 logger = logging.getLogger(__name__)
 _SHAPING_WINDOWS = {
@@ -115,6 +115,10 @@ class OnlineTrainer(RolloutSteps):
         )
         self.spare_prompts = SparePrompts(train_dataset, self._data_seed)
         self.add_callback(self.completion_log)
+        self.hooks.facts |= {
+            "rewards": len(self.reward_functions.names),
+            "rows": self._rows_per_slice * self.args.slices,
+        }
 
     # -- data -----------------------------------------------------------------------------------------------------
     def check_datasets(self, train: Any, evaluation: Any, model: Any, tokenizer: Any, args: Any) -> None:
@@ -186,14 +190,14 @@ class OnlineTrainer(RolloutSteps):
             rollouts = self._refill(rollouts)
         keep = torch.ones(rollouts.num_rows, dtype=torch.bool)
         for answer in self.hooks.call.keep(rollouts=rollouts):
-            keep &= _checked_keep(answer, rollouts.num_rows)
+            keep &= answer.cpu()
         if any(other != keep.tolist() for other in gather_object([keep.tolist()])):
             raise HookResultError(
                 "The hook keep answered differently in different processes.",
                 mend="Make filters give the same answer for the same rows: no random numbers, no clock.",
             )
         samples = self._samples(rollouts, keep, measured)
-        samples = checked("select", self.hooks.call.select(samples=samples), Samples).validate()
+        samples = self.hooks.call.select(samples=samples)
         self._follow_policy(samples)
         self.num_tokens += int(rollouts.prompt_lengths.sum() + rollouts.completion_lengths.sum())
         self._record("num_tokens", float(self.num_tokens))
@@ -234,10 +238,10 @@ class OnlineTrainer(RolloutSteps):
             None if values is None else of_all_rows(values) for values in (samples.old_logps, samples.ref_logps)
         )
         rollouts.notes = {name: of_all_rows(values) for name, values in samples.notes.items()}
-        advantages = checked("advantages", self.hooks.call.advantages(rollouts=rollouts, keep=keep), Tensor)
+        advantages = self.hooks.call.advantages(rollouts=rollouts, keep=keep)
         per_token = rollouts.expand(advantages.float().cpu())
         samples.advantages = per_token[kept_tokens]
-        samples.notes = {name: values[kept_tokens] for name, values in rollouts.validate().notes.items()}
+        samples.notes = {name: values[kept_tokens] for name, values in rollouts.notes.items()}
         for name, value in rollout_metrics(rollouts, keep, self.reward_functions.names).items():
             self._record(name, value)
         if self.context.training:
@@ -253,7 +257,7 @@ class OnlineTrainer(RolloutSteps):
         found: dict[str, list[Tensor]] = {}
         if self.args.uses_reference:
             logps = self.hooks.call.reference_logps(samples=own) if own.num_rows else own.advantages
-            own.ref_logps = per_token("reference_logps", logps, own.advantages).float()
+            own.ref_logps = logps.float()
             found["ref_logps"] = [own.ref_logps.cpu()]
         policy = self.accelerator.unwrap_model(self.model)
         if self._needs_old_logps(samples):
@@ -273,8 +277,7 @@ class OnlineTrainer(RolloutSteps):
                     rows.old_logps, rows.states, rows.last_states = scores.logps, scores.states, scores.last_states
                     found.setdefault("old_logps", []).append(scores.logps.cpu())
                 for name, values in _notes(self.hooks.call.annotate(samples=rows)).items():
-                    noted = per_token(f"The note {name!r}", values, rows.advantages).float().cpu()
-                    found.setdefault(f"notes.{name}", []).append(noted)
+                    found.setdefault(f"notes.{name}", []).append(values.float().cpu())
         joined = {name: torch.cat([torch.zeros(0), *pieces]) for name, pieces in found.items()}
         parts: list[dict[str, Tensor]] = gather_object([joined])
         gathered = {name: torch.cat([part[name] for part in parts]) for name in joined}
@@ -377,14 +380,9 @@ class OnlineTrainer(RolloutSteps):
         samples.states, samples.last_states = scores.states, scores.last_states
         old, current = samples.old_logps, logps.detach()
         samples.old_logps = current if old is None else torch.where(old.isnan(), current, old)
-        log_ratio = per_token("log_ratio", self.hooks.call.log_ratio(samples=samples, logps=logps), logps)
-        contributions = self.hooks.call.loss_terms(samples=samples, logps=logps, log_ratio=log_ratio)
-        terms = {
-            (number, name): per_token(f"The loss term {name!r}", term, logps)
-            for number, contribution in enumerate(contributions)
-            for name, term in contribution.items()
-        }
-        loss = aggregate(terms, weights, accumulation)
+        log_ratio = self.hooks.call.log_ratio(samples=samples, logps=logps)
+        loss = aggregate(self.loss_terms(samples, logps, log_ratio), weights, accumulation)
+        self.check_gradient(loss)
         if probe is not None:
             loss = self._with_still_rows(model, loss, samples, still, probe)
         loss = self._add_router_loss(loss, output, accumulation)
@@ -523,16 +521,6 @@ def _reward_weights(weights: list[float] | None, names: list[str]) -> Tensor:
             mend="Give one per function.",
         )
     return torch.tensor([1.0] * len(names) if weights is None else weights, dtype=torch.float32)
-
-
-def _checked_keep(answer: Any, rows: int) -> Tensor:
-    if not isinstance(answer, Tensor) or answer.shape != (rows,) or answer.dtype is not torch.bool:
-        shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise HookResultError(
-            f"keep returned {shape}; expected a bool tensor of shape ({rows},).",
-            mend="Return True for every row to train on.",
-        )
-    return answer.cpu()
 
 
 def _placeholder(token: int, notes: Iterable[str]) -> Samples:

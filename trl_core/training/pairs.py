@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models.loading import load_classifier
 from ..models.logprobs import row_scores
 from ..options import require
-from ..stages.aggregate import pair_mean, per_token
+from ..stages.aggregate import pair_mean
 from .offline import OfflineTrainer
 from .state import read_state
 
@@ -29,10 +29,17 @@ class _OnPairs(OfflineTrainer):
     """What trainers of pairs share."""
 
     forms: ClassVar[tuple[str, ...]] = ("preference",)
+    calls: ClassVar[tuple[str, ...] | None] = ("extra_models", "reference_logps", "pair_loss", "after_step")
 
     def loss_weight(self, rows: TokenRows) -> float:
         """A micro-batch counts by its pairs."""
         return rows.num_rows / 2
+
+    def pair_losses(self, pairs: Pairs, policy: Tensor, reference: Tensor | None) -> Tensor:
+        """(P,) loss of each pair."""
+        losses: Tensor = self.hooks.call.pair_loss(pairs=pairs, policy=policy, reference=reference)
+        self.loss_parts = {f"pair_loss of {' and '.join(self.hooks.acting('pair_loss'))}": losses.detach()}
+        return losses
 
 
 class PairTrainer(_OnPairs):
@@ -181,9 +188,8 @@ class PairTrainer(_OnPairs):
         if pairs.ref_logps is not None:
             return pairs.ref_logps
         with torch.no_grad():
-            logps = self.hooks.call.reference_logps(samples=pairs)
-        checked: Tensor = per_token("reference_logps", logps, pairs.completion_ids[pairs.loss_mask])
-        return checked.float()
+            logps: Tensor = self.hooks.call.reference_logps(samples=pairs)
+        return logps.float()
 
     # -- loss -----------------------------------------------------------------------------------------------------
     def batch_loss(self, model: Any, rows: Pairs, accumulation: int) -> tuple[Tensor, Any]:
@@ -191,7 +197,7 @@ class PairTrainer(_OnPairs):
         reference = self._reference_logps(rows)
         scores = self.score(model, rows, "entropy", "accuracy", "mean_logit")
         rows.log_collision = scores.statistics.get("log_collision")
-        losses = self.hooks.call.pair_loss(pairs=rows, policy=scores.logps, reference=reference)
+        losses = self.pair_losses(rows, scores.logps, reference)
         chosen = rows.expand(rows.is_chosen)
         for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
             self._record(f"logits/{side}", scores.statistics["mean_logit"][mask].mean(), int(mask.sum()))
@@ -280,7 +286,7 @@ class ScoreTrainer(_OnPairs):
     def batch_loss(self, model: Any, rows: Pairs, accumulation: int) -> tuple[Tensor, Any]:
         """The mean over pairs of `pair_loss`, of one score per row."""
         scores, output = row_scores(model, rows, pad_token_id=self.pad_token_id, layouts=self.layouts)
-        losses = self.hooks.call.pair_loss(pairs=rows, policy=scores, reference=None)
+        losses = self.pair_losses(rows, scores, None)
         found = scores.detach()
         chosen, rejected = rows.sides(found)
         for name, value, reduce in (("min", found.min(), "min"), ("max", found.max(), "max")):

@@ -7,17 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..answers import marked
 from ..batch import Generated, Prompts, Rollouts, Samples, Sampling
-from ..composition import DEFAULTS, marked
+from ..composition import DEFAULTS
 from ..data import prompts as prompt_data
-from ..errors import HookResultError, TRLCoreError
-from ..hookspecs import hookimpl
+from ..errors import TRLCoreError
+from ..hookspecs import hook_kinds, hookimpl
 from ..stages.advantages import group_std
 from ..stages.generation import generate
 from ..stages.rewards import RewardFunctions, Scoring, weighted_reward
@@ -53,16 +54,6 @@ class OnlineDefaults(DefaultHooks):
         return samples
 
 
-def checked(hook: str, answer: Any, kind: type[_T]) -> _T:
-    """The answer of a hook; raises `HookResultError` if it is of another type."""
-    if not isinstance(answer, kind):
-        raise HookResultError(
-            f"{hook} returned a {type(answer).__name__}; expected a {kind.__name__}.",
-            mend="See trl_core.hookspecs for what each hook returns.",
-        )
-    return answer
-
-
 def _raise(error: Exception) -> Any:
     raise error
 
@@ -75,6 +66,7 @@ class RolloutSteps(CoreTrainer):
     """The part of the online trainer that generates and scores."""
 
     default_hooks = OnlineDefaults
+    calls: ClassVar[tuple[str, ...] | None] = tuple(hook for hook in hook_kinds() if hook != "pair_loss")
     args: OnlineConfig
     reward_functions: RewardFunctions
     reward_weights: Tensor
@@ -255,25 +247,7 @@ class RolloutSteps(CoreTrainer):
         return rollouts
 
     def _as_rollouts(self, prompts: Prompts, generated: Generated, columns: dict[str, list[Any]]) -> Rollouts:
-        ids = checked("generate", generated, Generated).completion_ids
-        if len(ids) != len(prompts):
-            raise HookResultError(
-                f"generate returned {len(ids)} completions for {len(prompts)} rows.",
-                mend="Return one completion per row of `prompts`, in order.",
-            )
-        empty = [i for i, row in enumerate(ids) if not len(row)]
-        if empty:
-            raise HookResultError(
-                f"generate returned an empty completion for row {empty[0]}.",
-                mend="Return at least one token per row, for example the terminator.",
-            )
-        for name in ("logps", "loss_mask"):
-            given = getattr(generated, name)
-            if given is not None and [len(row) for row in given] != [len(row) for row in ids]:
-                raise HookResultError(
-                    f"generate returned {name} that do not fit its completions.",
-                    mend="Return one value for each token of each completion, the terminator's included.",
-                )
+        ids = generated.completion_ids
         prompt_ids = generated.prompt_ids or prompts.ids
         flat = torch.tensor([token for row in ids for token in row], dtype=torch.long)
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
@@ -300,14 +274,7 @@ class RolloutSteps(CoreTrainer):
         ).validate()
 
     def _score(self, rollouts: Rollouts) -> Tensor:
-        rewards = self.hooks.call.score(rollouts=rollouts)
-        expected = (rollouts.num_rows, len(self.reward_functions.names))
-        if not isinstance(rewards, Tensor) or rewards.shape != expected:
-            got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
-            raise HookResultError(
-                f"score returned {got}; expected a tensor of shape {expected}.",
-                mend="Return one line per row and one column per reward function.",
-            )
+        rewards: Tensor = self.hooks.call.score(rollouts=rollouts)
         return rewards.float().cpu()
 
     def _refill(self, rollouts: Rollouts) -> Rollouts:

@@ -7,23 +7,26 @@ checkpoint without it, or with files that do not fit, was not finished or is dam
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..errors import CheckpointError, TRLCoreError
+from ..errors import CheckpointError, HookResultError, TRLCoreError
 
 STATE_FILE = "trl_core_state.json"
 TENSOR_FILE = "trl_core_state.safetensors"
@@ -36,30 +39,102 @@ FORMAT = 2
 _FREE = ("README.md",)
 """Files that a person may edit."""
 _MEND = "Resume from an earlier checkpoint; resume_from_checkpoint=True takes the newest sound one."
-_TENSOR_KEY = "__tensor__"
+_LONGEST_INTEGER = 4096
+"""Bits of an integer that is written in decimals; Python refuses to read very long ones."""
+_DEEPEST = 100
+
+# What JSON cannot say is a dictionary with one of these as its only key.
+_TENSOR, _ITEMS, _FLOAT, _INTEGER, _BYTES = "__tensor__", "__items__", "__float__", "__int__", "__bytes__"
+_TUPLE, _SET, _FROZEN = "__tuple__", "__set__", "__frozenset__"
+_NUMBERS: dict[Any, Any] = {_FLOAT: float, _INTEGER: lambda text: int(text, 16), _BYTES: bytes.fromhex}
+_COLLECTIONS: dict[Any, Any] = {_TUPLE: tuple, _SET: set, _FROZEN: frozenset}
+_TAGS = {_TENSOR, _ITEMS, *_NUMBERS, *_COLLECTIONS}
 
 
-def split_tensors(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """A JSON-able copy of nested dicts and lists; tensors go to `tensors` under their path."""
+def split_tensors(value: Any, tensors: dict[str, Tensor], path: str = "", *, copy: bool = True) -> Any:
+    """A JSON-able copy of nested containers, of which `join_tensors` makes the same again.
+
+    Args:
+        value: dicts, lists, tuples, sets, tensors, text, bytes, numbers, True, False and None.
+        tensors: gets the tensors, under their path, which no two have in common.
+        path: where `value` stands.
+        copy: whether tensors are copied to the CPU.
+
+    Raises:
+        HookResultError: it holds something else, which would not come back as it is.
+    """
+    kind = type(value)
+    if kind in (str, bool, type(None)) or (kind is int and value.bit_length() <= _LONGEST_INTEGER):
+        return value
+    if isinstance(value, float | str) and kind.__module__ == "numpy":
+        return split_tensors(float(value) if isinstance(value, float) else str(value), tensors, path, copy=copy)
+    if kind is float:
+        return value if math.isfinite(value) else {_FLOAT: str(value)}
+    if kind is int:
+        return {_INTEGER: hex(value)}
+    if kind is bytes:
+        return {_BYTES: value.hex()}
+    if path.count("/") > _DEEPEST:
+        raise _cannot_hold(path, f"more than {_DEEPEST} containers inside each other")
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {_TENSOR_KEY: path}
-    if isinstance(value, dict):
-        return {str(key): split_tensors(item, tensors, f"{path}/{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [split_tensors(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
-    return value
+        if value.layout is not torch.strided or value.device.type == "meta" or not _is_stored(value.dtype):
+            raise _cannot_hold(path, f"a tensor of {value.dtype}, {value.layout} on {value.device}")
+        plain = value.detach().resolve_conj().resolve_neg() if copy else value
+        tensors[path] = plain.cpu().contiguous().clone() if copy else plain
+        return {_TENSOR: path}
+
+    def inner(item: Any, name: str) -> Any:
+        return split_tensors(item, tensors, f"{path}/{name}", copy=copy)
+
+    if kind in (dict, OrderedDict):
+        if all(type(key) is str for key in value) and not (len(value) == 1 and value.keys() <= _TAGS):
+            # Escaped, so that a key with a "/" leads nowhere else.
+            return {k: inner(v, k.encode("unicode_escape").decode().replace("/", "\\x2f")) for k, v in value.items()}
+        if any(isinstance(key, Tensor) for key in value):
+            raise _cannot_hold(path, "a dictionary whose keys are tensors")
+        return {_ITEMS: [[inner(k, f"key {i}"), inner(v, str(i))] for i, (k, v) in enumerate(value.items())]}
+    for tag, made in {None: list, **_COLLECTIONS}.items():
+        if kind is made or (made is tuple and kind is torch.Size):
+            items = [inner(item, str(i)) for i, item in enumerate(value)]
+            return items if tag is None else {tag: items}
+    raise _cannot_hold(path, f"a {kind.__module__}.{kind.__qualname__}")
+
+
+@functools.cache
+def _is_stored(dtype: torch.dtype) -> bool:
+    try:
+        return bool(save({"": torch.empty(0, dtype=dtype)}))
+    except Exception:
+        return False
+
+
+def _cannot_hold(path: str, what: str) -> HookResultError:
+    _, _, owner, *place = f"{path}//".split("/")
+    whose = f"state_dict of {owner!r} returned, at {'/'.join(place).strip('/')!r}," if "/hooks/" in path else path
+    return HookResultError(
+        f"{whose} {what}, which a checkpoint cannot hold.",
+        mend="Return dicts, lists, tuples or sets of numbers, text, bytes, None and plain tensors: for an array "
+        "torch.from_numpy(array), for a number of numpy number.item(), for an object a dict of what it holds.",
+    )
 
 
 def join_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `split_tensors`; tuples come back as lists."""
-    if isinstance(value, dict):
-        if set(value) == {_TENSOR_KEY}:
-            return tensors[value[_TENSOR_KEY]]
-        return {key: join_tensors(item, tensors) for key, item in value.items()}
+    """The inverse of `split_tensors`."""
     if isinstance(value, list):
         return [join_tensors(item, tensors) for item in value]
-    return value
+    if not isinstance(value, dict):
+        return value
+    (tag, inner), *others = list(value.items()) or [("", None)]
+    tag = "" if others else tag
+    if tag == _TENSOR:
+        return tensors[inner]
+    if tag in _NUMBERS:
+        return _NUMBERS[tag](inner)
+    if tag == _ITEMS:
+        return {join_tensors(k, tensors): join_tensors(v, tensors) for k, v in inner}
+    if tag in _COLLECTIONS:
+        return _COLLECTIONS[tag](join_tensors(item, tensors) for item in inner)
+    return {key: join_tensors(item, tensors) for key, item in value.items()}
 
 
 def write_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
