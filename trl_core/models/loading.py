@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +24,25 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 
 from ..errors import ConfigError
+from ..names import require_source
+from ..options import require
 
 logger = logging.getLogger(__name__)
+
+
+def check_model(model: Any, init_kwargs: dict[str, Any] | None, what: str = "The model") -> Any:
+    """A module as it is; the folder or Hub id of one as it can be loaded.
+
+    Raises:
+        ConfigError: it is neither, or there is no such folder.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(f"{what} is a {type(model).__name__}.", mend="Pass a Hub id, a folder, or a model object.")
+    kwargs = init_kwargs or {}
+    file = "" if kwargs.get("gguf_file") else "config.json"
+    return require_source(os.fspath(model), what, inside=str(kwargs.get("subfolder") or ""), file=file)
 
 
 def load_policy(
@@ -40,6 +58,7 @@ def load_policy(
     Raises:
         ConfigError: `init_kwargs` are given with a module, or the name cannot be loaded.
     """
+    model = check_model(model, init_kwargs)
     if not isinstance(model, str):
         if init_kwargs:
             raise ConfigError(
@@ -49,16 +68,21 @@ def load_policy(
         return model
     kwargs = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+        dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
+        mend = "Give 'auto', or the name of a floating-point type of torch, such as 'bfloat16'."
+        require(isinstance(dtype, torch.dtype), f"model_init_kwargs: there is no dtype {kwargs['dtype']!r}.", mend)
+        kwargs["dtype"] = dtype
     if kwargs["dtype"] is torch.bfloat16 and not torch.cuda.is_available():
         logger.warning("bfloat16 weights on a CPU without AMX or AVX-512 are extremely slow; float32 is the default.")
     try:
         loaded: nn.Module = auto_class.from_pretrained(model, **kwargs)
         return loaded
-    except (OSError, ValueError) as error:
+    except Exception as error:  # every format and every keyword raises its own
+        taken = "" if os.path.isdir(model) else " (no folder here, so taken for a Hub id)"
         raise ConfigError(
-            f"The model {model!r} cannot be loaded: {error}",
-            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object.",
+            f"The model {model!r}{taken} cannot be loaded: {type(error).__name__}: {error}",
+            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object; check "
+            "model_init_kwargs. Offline, only models in the cache can be loaded by their id.",
         ) from error
 
 
@@ -81,7 +105,7 @@ def load_tokenizer(
         source = getattr(getattr(model, "config", None), "_name_or_path", "")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # every format raises its own
             raise ConfigError(
                 f"No tokenizer was passed and none can be loaded from {source!r}.", mend="Pass processing_class=...."
             ) from error
@@ -114,6 +138,7 @@ def load_classifier(
     Raises:
         ConfigError: it has another number of outputs, or see `load_policy`.
     """
+    model = check_model(model, init_kwargs)
     config, one = getattr(model, "config", None), {}
     if isinstance(model, str):
         one = {"num_labels": 1}
