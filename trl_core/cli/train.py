@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -15,11 +14,12 @@ import re
 import runpy
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ConfigError, RewardError
+from ..names import did_you_mean, require_source
 from ..options import option, require
 from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
 
@@ -94,27 +94,41 @@ def run(args: argparse.Namespace) -> int:
 def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
     """The YAML file's values, overridden by the flags', each in its type."""
     hints = {f.name: f.type for fields in groups.values() for f in fields}
-    given, unknown = _parser(name, groups).parse_known_args([_spelt(word, hints) for word in words])
+    spelt = [_spelt(word, hints) for word in words]
+    counts = Counter(word.partition("=")[0] for word in spelt if word.startswith("--"))
+    for flag in [flag for flag, times in counts.items() if times > 1]:
+        require(flag != "--config", "--config is given twice.", "Put all keys in one file; flags override it.")
+        print(f"trl-core: {flag} is given {counts[flag]} times; the last one counts.", file=sys.stderr)
+    given, unknown = _parser(name, groups).parse_known_args(spelt)
     flags = {key: _parsed(value) for key, value in vars(given).items()}
     sources = {"The command line": flags | {word.strip("-").split("=")[0]: None for word in unknown}}
     if "config" in flags:
-        sources = {flags["config"]: _yaml(flags["config"])} | sources
+        from .yaml_file import read_yaml
+
+        sources = {flags["config"]: read_yaml(flags["config"])} | sources
     values, mend = {}, f"See trl-core train {name} --help."
     for source, found in sources.items():
         for key, value in found.items():
             key = "resume" if key == "resume_from_checkpoint" else key
             if key not in hints:
-                raise ConfigError(f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}", mend=mend)
+                raise ConfigError(f"{source}: there is no option {key!r}.{did_you_mean(key, hints)}", mend=mend)
             try:
                 values[key] = read(value, hints[key])
-            except TypeError as error:
-                raise ConfigError(f"{source}: {key}: {error}.", mend=mend) from error
+            except (TypeError, OverflowError) as error:
+                raise ConfigError(f"{source}: {key}: {error}{_json_error(value)}.", mend=mend) from error
     return values
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise an error of ours."""
+        raise ConfigError(f"The command line: {message}.", mend=f"{(self.usage or '')} See --help.")
 
 
 def _parser(name: str, groups: dict[str, list[Field]]) -> argparse.ArgumentParser:
     usage = f"trl-core train {name} [--config FILE.yaml] [--OPTION VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    parser = _Parser(usage=usage, allow_abbrev=False)
+    parser._negative_number_matcher = re.compile("-[^-]")  # -1e-5 is a value too; there are no short options
     for title, fields in groups.items():
         group = parser.add_argument_group(f"options of {title}")
         for f in fields:
@@ -143,25 +157,17 @@ def _parsed(value: Any) -> Any:
     """A value given as a flag: JSON where it is that, and a list of one as its only entry."""
     if isinstance(value, list):
         return _parsed(value[0]) if len(value) == 1 else value
-    with contextlib.suppress(ValueError):
-        return json.loads(value) if str(value)[:1] in "[{" else value
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value) if str(value)[:1] in ("[", "{") else value
     return value
 
 
-def _yaml(path: str) -> dict[str, Any]:
-    import yaml
-
+def _json_error(value: Any) -> str:
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The config {path!r} cannot be read: {error}", mend="Give a YAML file.") from error
-    require(isinstance(found, dict), f"{path} holds no mapping.", "Write lines of the form `option: value`.")
-    return dict(found)
-
-
-def _did_you_mean(word: Any, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), choices, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+        json.loads(value if str(value)[:1] in ("[", "{") else "0")
+    except (ValueError, RecursionError, TypeError) as error:
+        return f" (as JSON: {error})"
+    return ""
 
 
 _run_file = functools.cache(runpy.run_path)
@@ -177,16 +183,17 @@ def load_object(spec: Any, key: str) -> Any:
     if match is None:
         return spec
     file, module, name = match.groups()
+    file = file and os.path.expanduser(file)
     # A console script, unlike `python -m`, does not look for modules where it is run.
     sys.path.append(os.path.dirname(os.path.abspath(file)) if file else os.getcwd())
     try:
         found = _run_file(os.path.abspath(file)) if file else vars(importlib.import_module(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({at.filename}, line {at.lineno})" if os.path.exists(at.filename) else ""
         what = f"{key}: {spec!r} cannot be imported: {type(error).__name__}: {error}{place}."
         raise ConfigError(what, mend="Check the spelling, and that it can be imported from here.") from error
-    missing = f"{key}: {file or module} has no {name!r}.{_did_you_mean(name, found)}"
+    missing = f"{key}: {file or module} has no {name!r}.{did_you_mean(name, found)}"
     require(name in found, missing, "Name something that it defines.")
     return found[name]
 
@@ -196,7 +203,7 @@ def _reward(spec: str) -> Any:
     model = os.path.isdir(str(found)) or re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", str(found))
     what = f"reward_funcs: {spec!r} is neither a function nor a model."
     require(callable(found) or bool(model), what, help_of(_field("reward_funcs")))
-    return found
+    return require_source(found, "reward_funcs: The reward model") if isinstance(found, str) else found
 
 
 def _field(name: str) -> Field:
@@ -234,6 +241,8 @@ def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) -> None:
+    from ..models.loading import check_model
+
     trainer_class = composition.trainer_class
     rewarded = "reward_funcs" in inspect.signature(trainer_class).parameters
     _check_data(values)
@@ -243,6 +252,10 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     for name in (name for name, asked in needed.items() if asked):
         mend = f"Give --{name}, or `{name}:` in the file of --config. {help_of(_field(name))}"
         require(bool(values.get(name)), f"No {name} is given.", mend)
+    for name in ("model", "ref_model"):
+        if values.get(name):
+            kwargs = options.get("model_init_kwargs")
+            values[name] = check_model(values[name], kwargs if isinstance(kwargs, dict) else {}, name)
     given = [*composition.arguments, *(name for name in ("ref_model", "formatting_func") if values.get(name))]
     extra = {name: load_object(values[name], name) for name in given if name in values}
     if "formatting_func" in extra:

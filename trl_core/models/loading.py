@@ -275,5 +275,11 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool, new_
     if new_head is not None and hasattr(model, new_head):
         peft_config = copy.deepcopy(peft_config)
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), new_head})
-    adapted: nn.Module = importlib.import_module("peft").get_peft_model(model, peft_config)
+    try:
+        adapted: nn.Module = importlib.import_module("peft").get_peft_model(model, peft_config)
+    except Exception as error:  # every kind of adapter raises its own
+        raise ConfigError(
+            f"peft_config: the adapter cannot be made: {type(error).__name__}: {error}",
+            mend="Check its options (target_modules, r) against the model's modules.",
+        ) from error
     return adapted

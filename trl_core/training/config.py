@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
+from ..names import did_you_mean
 from ..options import option, require, require_choice
 
 logger = logging.getLogger(__name__)
@@ -95,6 +100,7 @@ class CoreConfig(TrainingArguments):
             f"max_tokens_per_forward={self.max_tokens_per_forward} is below 1.",
             "Give the tokens that fit into memory at a time, or None for no limit.",
         )
+        _check_trackers(self.report_to)
         require_choice(self, "on_nonfinite_loss", ("stop", "skip"))
         require_choice(self, "resume_check", ("strict", "warn"))
         require(
@@ -112,6 +118,22 @@ class CoreConfig(TrainingArguments):
             name: getattr(self, name) if name.endswith("_token") and name not in theirs else value
             for name, value in given.items()
         }
+
+
+def _check_trackers(report_to: Any) -> None:
+    """Raise `ConfigError` unless the trackers are known and installed; transformers finds out with the model loaded."""
+    given = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    require(given != ["all"] or bool(installed), "report_to='all', but no tracker is installed.", "Install one.")
+    for name in given if given not in (["all"], ["none"]) else []:
+        mend = f"Use 'none', or some of: {', '.join(INTEGRATION_TO_CALLBACK)}."
+        known = isinstance(name, str) and name in INTEGRATION_TO_CALLBACK
+        require(known, f"report_to: there is no tracker {name!r}.{did_you_mean(name, INTEGRATION_TO_CALLBACK)}", mend)
+        require(
+            name in installed or name == "flyte",  # it does not say whether it is installed
+            f"report_to: the tracker {name!r} is not installed; installed are: {', '.join(installed) or 'none'}.",
+            f"Install it (pip install {name.replace('_', '-')}), or set report_to='none'.",
+        )
 
 
 def as_dict(value: Any) -> dict[str, Any]:
