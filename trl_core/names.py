@@ -59,7 +59,7 @@ _ELSEWHERE = {
     "vllm": "Another engine generates through the trainer's argument `rollouts`, in Python.",
     "use_vllm": "Another engine generates through the trainer's argument `rollouts`, in Python.",
     "max_prompt_length": "Prompts are never cut: shorten or drop those that are too long.",
-    "wandb_": "Trackers read their own environment variables; report_to names them.",
+    "wandb": "Trackers read their own environment variables; report_to names them.",
 }
 """Beginnings of options that have no counterpart, and what to do instead."""
 
@@ -69,7 +69,9 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     known, name = list(known), re.sub(r"[\W_]+", "_", str(word)).strip("_").lower()
     if (ours := SYNONYMS.get(name)) in known:
         return f" Did you mean {ours!r}?"
-    if advice := next((text for start, text in _ELSEWHERE.items() if name.startswith(start.strip("_"))), None):
+    if advice := next(
+        (text for start, text in _ELSEWHERE.items() if name == start or name.startswith(f"{start}_")), None
+    ):
         return f" {advice}"
     close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(str(word), known, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

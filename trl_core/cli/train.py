@@ -200,10 +200,11 @@ def load_object(spec: Any, key: str) -> Any:
 
 def _reward(spec: str) -> Any:
     found = load_object(spec, "reward_funcs")
-    model = os.path.isdir(str(found)) or re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", str(found))
+    if isinstance(found, str) and (os.path.isdir(found) or ("/" in found and not found.endswith(".py"))):
+        return require_source(found, "reward_funcs: The reward model")
     what = f"reward_funcs: {spec!r} is neither a function nor a model."
-    require(callable(found) or bool(model), what, help_of(_field("reward_funcs")))
-    return require_source(found, "reward_funcs: The reward model") if isinstance(found, str) else found
+    require(callable(found), what, help_of(_field("reward_funcs")))
+    return found
 
 
 def _field(name: str) -> Field:
@@ -211,10 +212,16 @@ def _field(name: str) -> Field:
 
 
 def _adapter(settings: dict[str, Any], task: str) -> Any:
+    mend = "pip install 'trl-core[peft]'; give options of LoraConfig."
+    for name, fits in (("r", lambda r: type(r) is int and r >= 1), ("lora_dropout", lambda p: 0 <= p < 1)):
+        with contextlib.suppress(TypeError):
+            if name in settings and fits(settings[name]):
+                continue
+        require(name not in settings, f"peft: {name}={settings.get(name)!r} makes no adapter.", mend)
     try:
         return importlib.import_module("peft").LoraConfig(**{"task_type": task, **settings})
     except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"peft: {error}", mend="pip install 'trl-core[peft]'; give options of LoraConfig.") from error
+        raise ConfigError(f"peft: {error}", mend=mend) from error
 
 
 def _check_data(values: dict[str, Any]) -> None:

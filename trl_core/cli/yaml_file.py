@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import ConfigError
 
-_MOST_BYTES, _MOST_VALUES = 2**20, 100_000
+_MOST_BYTES, _MOST_VALUES = 2**18, 100_000
 _STR, _NUMBERS = "tag:yaml.org,2002:str", ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -93,7 +93,7 @@ def _check(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:
     sizes[id(node)] = 1 + sum(_check(part, path, sizes) for part in parts)
     if sizes[id(node)] > _MOST_VALUES:
         raise ConfigError(
-            f"The config {path!r} has more than {_MOST_VALUES} values once its aliases are put in full.",
+            f"The config {path!r} has more than {_MOST_VALUES} values, aliases put in full.",
             mend="Write what is needed without aliases of aliases.",
         )
     return sizes[id(node)]
