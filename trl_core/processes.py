@@ -41,6 +41,8 @@ def packed(value: Any) -> bytes:
 def copied(value: Any) -> Any:
     """A copy whose lists, mappings and arrays are its own; what else there is, is shared."""
     if isinstance(value, list | tuple):
+        if _PLAIN.issuperset(map(type, value)):  # token ids, texts
+            return value[:]
         found = [item if type(item) in _PLAIN else copied(item) for item in value]
         return found if isinstance(value, list) else tuple(found)
     if isinstance(value, dict):

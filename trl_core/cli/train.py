@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 import traceback
+import typing
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -114,6 +115,10 @@ def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> di
                 raise ConfigError(f"{source}: there is no option {key!r}.{did_you_mean(key, hints)}", mend=mend)
             try:
                 values[key] = read(value, hints[key])
+                # What is no JSON is text, which options that take a file's name too would accept.
+                mapping = any(dict in (kind, typing.get_origin(kind)) for kind in kinds(hints[key]))
+                if mapping and values[key] is value and _json_error(value):
+                    raise TypeError(f"{value!r} is no mapping")
             except (TypeError, OverflowError) as error:
                 raise ConfigError(f"{source}: {key}: {error}{_json_error(value)}.", mend=mend) from error
     return values
@@ -164,8 +169,8 @@ def _parsed(value: Any) -> Any:
 
 def _json_error(value: Any) -> str:
     try:
-        json.loads(value if str(value)[:1] in ("[", "{") else "0")
-    except (ValueError, RecursionError, TypeError) as error:
+        json.loads(value if isinstance(value, str) and value[:1] in ("[", "{") else "0")
+    except (ValueError, RecursionError) as error:
         return f" (as JSON: {error})"
     return ""
 
@@ -229,6 +234,12 @@ def _check_data(values: dict[str, Any]) -> None:
     for one, other in (("datasets", "dataset"), ("datasets", "dataset_config"), ("test_split_size", "eval_dataset")):
         mend = "Leave one out; each of the datasets has its own path, name (configuration) and split."
         require(not (values.get(one) and values.get(other)), f"{one} and {other} are both given.", mend)
+    size, stop = values.get("test_split_size"), values.get("stopping_strategy")
+    fits = size is None or (size >= 1 if isinstance(size, int) else 0 < size < 1)
+    require(fits, f"test_split_size={size} leaves no two parts.", "Give a number of rows, or a part between 0 and 1.")
+    fits = stop is None or (bool(values.get("datasets")) and stop in ("first_exhausted", "all_exhausted"))
+    mend = "Give datasets with weights, and first_exhausted or all_exhausted."
+    require(fits, f"stopping_strategy={stop!r} says nothing here.", mend)
 
 
 def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:

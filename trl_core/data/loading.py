@@ -73,9 +73,16 @@ def _read(source: str, config: str | None, split: str | None, options: dict[str,
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return load_from_disk(source)
+        if path.is_file() and config:
+            raise ConfigError(
+                f"The file {source!r} has no configurations, so none is called {config!r}.",
+                mend="Leave dataset_config out; it is for datasets of the Hub.",
+            )
         if path.is_file():
             return load_dataset(_BUILDERS[path.suffix], data_files=source, split=split, **options)
         return load_dataset(source, config, split=split, **options)
+    except ConfigError:
+        raise
     except Exception as error:  # every reader raises its own
         cause = error.__cause__ or error
         raise DatasetError(

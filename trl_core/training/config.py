@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,8 @@ def _check_trackers(report_to: Any) -> None:
 
 def as_dict(value: Any) -> dict[str, Any]:
     """A dictionary option, which on a command line is JSON and is parsed by then."""
+    mend = "On a command line write JSON: '{\"name\": 1}'."
+    require(isinstance(value or {}, Mapping), f"{value!r} is no mapping of options.", mend)
     return dict(value or {})
 
 
