@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import multiprocessing
 import os
+import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -143,3 +148,96 @@ class Counting:
     def __call__(self, completions, **_):
         """Zeros."""
         return [0.0] * len(completions)
+
+
+# -- a function whose process misbehaves ------------------------------------------------------------------------------
+def request(what: str, rows: int = 3) -> bytes:
+    """A packed call of `odd`, as the only function of a process."""
+    from trl_core.processes import packed
+
+    return packed((0, {"what": [what] * rows}, []))
+
+
+def _pipe() -> Any:
+    """The worker's end of its pipe, and the number of the request that it works on."""
+    frame = sys._getframe()
+    while frame.f_code.co_name != "_serve":
+        frame = frame.f_back
+    return frame.f_locals["pipe"], frame.f_locals["number"]
+
+
+def _say(number_on: int = 0, values: Any = (8.0, 8.0)) -> None:
+    pipe, number = _pipe()
+    pipe.send_bytes(json.dumps([number + number_on, None, list(values), []]).encode())
+
+
+def _fork(act: Any = None) -> None:
+    if os.fork() == 0 and act is not None:
+        act()
+
+
+def _later() -> None:
+    Path("/dev/null").touch()
+
+
+def _start_processes() -> None:
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_later)
+    process.start()
+    process.join()
+
+
+def _raises() -> None:
+    raise KeyError("in the copy")
+
+
+async def _awaits() -> Any:
+    await asyncio.sleep(0)
+    return [1.0, 2.0]
+
+
+def _announce(size: int, message: bytes) -> None:
+    os.write(_pipe()[0].fileno(), struct.pack("!i", size) + message)
+
+
+def _half() -> None:
+    _announce(1000, b"[1, null")
+    os._exit(0)
+
+
+ACTS: dict[str, Any] = {
+    "plain": lambda: [3.0, 4.0, 5.0],
+    "forks": lambda: _fork(),
+    "fork raises": lambda: _fork(_raises),
+    "fork exits": lambda: _fork(sys.exit),
+    "starts processes": _start_processes,
+    "prints": lambda: print("[1, null, [9.0, 9.0], []]", flush=True),
+    "awaits": _awaits,
+    "exact": lambda: [0.1, None, float("nan")],
+    "text": lambda: [1.0, "0.5"],
+    "object": lambda: {1.0, 2.0},
+    "huge number": lambda: [1.0, 10**400],
+    "garbage": lambda: _pipe()[0].send_bytes(b"no JSON"),
+    "pickle": lambda: _pipe()[0].send_bytes(pickle.dumps((None, ([1.0, 2.0], [])))),
+    "other number": lambda: _say(1),
+    "announces too much": lambda: _announce(2**31 - 1, b""),
+    "half an answer": _half,
+    "shuts the pipe": lambda: _pipe()[0].close(),
+    "exits": lambda: sys.exit(3),
+    "answers twice": lambda: _say(values=(1.0, 2.0)),
+    "answers late": lambda: _say(-1, (9.0, 9.0)),
+    "late": lambda: time.sleep(2.5),
+}
+
+
+def odd(what, log_metric=None, log_extra=None):
+    """Does what the column says; 1 and 2 where that gives no values."""
+    if what[0] == "metric":
+        log_metric("m", "word")
+    elif what[0] == "extra object":
+        log_extra("c", [object()] * len(what))
+    elif what[0] == "long answer":
+        log_extra("c", ["x" * 2**25] * len(what))
+    result = ACTS[what[0]]() if what[0] in ACTS else None
+    result = [1.0, 2.0] if result is None else result
+    return result[: len(what)] if isinstance(result, list) else result

@@ -321,13 +321,12 @@ def test_reward_function_that_hangs_is_given_up(tmp_path):
         release.set()
 
 
-def test_reward_function_that_wants_a_missing_column_is_told(tmp_path):
+def test_reward_function_that_wants_a_missing_column_is_told_before_the_run(tmp_path):
     def exact(completions, answer):
         return [0.0] * len(completions)
 
-    trainer, _ = rewarded(tmp_path, exact)
     with pytest.raises(RewardError, match=r"'exact' wants the arguments \['answer'\]"):
-        trainer.train()
+        rewarded(tmp_path, exact)
 
 
 @pytest.mark.parametrize("nothing", [None, float("nan")])

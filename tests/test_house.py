@@ -33,7 +33,7 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
-_CONTRACT = {"redaction", "errors", "install", "options", "batch", "hookspecs"}
+_CONTRACT = {"redaction", "errors", "install", "names", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "install", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "answers", "composition"}
 _AUTHORS = {"files", "markdown", "project", "scaffold", "migration", "contract", "promotion"}
@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "markdown": set(),
     "algorithm": set(),
     "install": set(),
-    "options": {"errors"},
+    "names": {"errors"},
+    "options": {"errors", "names"},
     "stability": {"errors", "algorithm"},
     "discovery": {"errors", "install", "algorithm", "stability"},
     "project": _DISCOVERY,

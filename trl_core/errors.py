@@ -111,7 +111,7 @@ class HookResultError(TRLCoreError, ValueError):
 
 
 class RewardError(TRLCoreError, RuntimeError):
-    """A reward function raised, timed out, or returned the wrong number of values or an infinite one."""
+    """A reward function raised, timed out, wants what nothing gives it, or answered or logged what is no number."""
 
 
 class NonFiniteLossError(TRLCoreError, ArithmeticError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import enum
 import functools
 import inspect
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Union
 
 from .errors import ConfigError, UnknownOptionError
+from .names import did_you_mean
 
 if TYPE_CHECKING:
     from .stability import Deprecation
@@ -137,12 +137,6 @@ def definer(config: type, name: str) -> type:
     """The class whose option it is; a composed class defines none."""
     classes = [cls for cls in config.__mro__ if name in inspect.get_annotations(cls)]
     return next((cls for cls in classes if cls.__module__ != f"{__package__}.composition"), config)
-
-
-def did_you_mean(word: object, choices: Iterable[Any]) -> str:
-    """A suggestion, if one of the choices is like the word; begins with a space."""
-    close = difflib.get_close_matches(str(word), map(str, choices), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 # -- types ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from ..errors import TRLCoreError, printable
+from ..errors import ConfigError, TRLCoreError, printable
+from ..names import did_you_mean
 from ..redaction import hide_error
 
 COMMANDS = {
@@ -47,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f".{name}", __package__)
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
-    args = parser.parse_args(arguments)
     try:
+        if asked is not None and asked not in COMMANDS:
+            what = f"There is no command {asked!r}.{did_you_mean(asked, COMMANDS)}"
+            raise ConfigError(what, mend="`trl-core --help` lists the commands.")
+        args = parser.parse_args(arguments)
         if args.version:
             from ..discovery import core_version
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -15,12 +14,14 @@ import re
 import runpy
 import sys
 import traceback
+import typing
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import install
 from ..errors import ConfigError, RewardError
+from ..names import did_you_mean, require_source
 from ..options import Field, fields_of, help_of, kinds, option, require
 from ..redaction import hide_error, marked_in, remember
 from .flags import groups_of, is_list, read
@@ -102,28 +103,47 @@ def run(args: argparse.Namespace) -> int:
 def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
     """The YAML file's values, overridden by the flags', each in its type."""
     hints = {f.name: f for fields in groups.values() for f in fields}
-    given, unknown = _parser(name, groups).parse_known_args([_spelt(word, hints) for word in words])
+    spelt = [_spelt(word, hints) for word in words]
+    counts = Counter(word.partition("=")[0] for word in spelt if word.startswith("--"))
+    for flag in [flag for flag, times in counts.items() if times > 1]:
+        require(flag != "--config", "--config is given twice.", "Put all keys in one file; flags override it.")
+        print(f"trl-core: {flag} is given {counts[flag]} times; the last one counts.", file=sys.stderr)
+    given, unknown = _parser(name, groups).parse_known_args(spelt)
     flags = {key: _parsed(value) for key, value in vars(given).items()}
     sources = {"The command line": flags | {word.strip("-").split("=")[0]: None for word in unknown}}
     if "config" in flags:
-        sources = {flags["config"]: _yaml(flags["config"])} | sources
+        from .yaml_file import read_yaml
+
+        sources = {flags["config"]: read_yaml(flags["config"])} | sources
     values, mend = {}, f"See trl-core train {name} --help."
     for source, found in sources.items():
         remember(found, marked=marked_in(f for fields in groups.values() for f in fields))
         for key, value in found.items():
             key = "resume" if key == "resume_from_checkpoint" else key
             if key not in hints:
-                raise ConfigError(f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}", mend=mend)
+                raise ConfigError(f"{source}: there is no option {key!r}.{did_you_mean(key, hints)}", mend=mend)
             try:
                 values[key] = read(value, hints[key])
             except ConfigError as error:
-                raise ConfigError(f"{source}: {error.what}", mend=error.mend) from None
+                what = f"{source}: {error.what.removesuffix('.')}{_json_error(value)}."
+                raise ConfigError(what, mend=error.mend) from None
+            # What is no JSON is text, which options that take a file's name too would accept.
+            mapping = any(dict in (kind, typing.get_origin(kind)) for kind in kinds(hints[key].type))
+            broken = _json_error(value) if mapping and values[key] is value else ""
+            require(not broken, f"{source}: {key}: {value!r} is no mapping{broken}.", mend)
     return values
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise an error of ours."""
+        raise ConfigError(f"The command line: {message}.", mend=f"{(self.usage or '')} See --help.")
 
 
 def _parser(name: str, groups: dict[str, list[Field]]) -> argparse.ArgumentParser:
     usage = f"trl-core train {name} [--config FILE.yaml] [--OPTION VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False)
+    parser = _Parser(usage=usage, allow_abbrev=False)
+    parser._negative_number_matcher = re.compile("-[^-]")  # -1e-5 is a value too; there are no short options
     for title, fields in groups.items():
         group = parser.add_argument_group(f"options of {title}")
         for f in fields:
@@ -152,25 +172,17 @@ def _parsed(value: Any) -> Any:
     """A value given as a flag: JSON where it is that, and a list of one as its only entry."""
     if isinstance(value, list):
         return _parsed(value[0]) if len(value) == 1 else value
-    with contextlib.suppress(ValueError):
-        return json.loads(value) if str(value)[:1] in "[{" else value
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value) if str(value)[:1] in ("[", "{") else value
     return value
 
 
-def _yaml(path: str) -> dict[str, Any]:
-    import yaml
-
+def _json_error(value: Any) -> str:
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The config {path!r} cannot be read: {error}", mend="Give a YAML file.") from error
-    require(isinstance(found, dict), f"{path} holds no mapping.", "Write lines of the form `option: value`.")
-    return dict(found)
-
-
-def _did_you_mean(word: Any, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), choices, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+        json.loads(value if isinstance(value, str) and value[:1] in ("[", "{") else "0")
+    except (ValueError, RecursionError) as error:
+        return f" (as JSON: {error})"
+    return ""
 
 
 _run_file = functools.cache(runpy.run_path)
@@ -186,25 +198,27 @@ def load_object(spec: Any, key: str) -> Any:
     if match is None:
         return spec
     file, module, name = match.groups()
+    file = file and os.path.expanduser(file)
     # A console script, unlike `python -m`, does not look for modules where it is run.
     sys.path.append(os.path.dirname(os.path.abspath(file)) if file else os.getcwd())
     try:
         found = _run_file(os.path.abspath(file)) if file else vars(importlib.import_module(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({at.filename}, line {at.lineno})" if os.path.exists(at.filename) else ""
         what = f"{key}: {spec!r} cannot be imported: {type(error).__name__}: {error}{place}."
         raise ConfigError(what, mend="Check the spelling, and that it can be imported from here.") from error
-    missing = f"{key}: {file or module} has no {name!r}.{_did_you_mean(name, found)}"
+    missing = f"{key}: {file or module} has no {name!r}.{did_you_mean(name, found)}"
     require(name in found, missing, "Name something that it defines.")
     return found[name]
 
 
 def _reward(spec: str) -> Any:
     found = load_object(spec, "reward_funcs")
-    model = os.path.isdir(str(found)) or re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.py)", str(found))
+    if isinstance(found, str) and (os.path.isdir(found) or ("/" in found and not found.endswith(".py"))):
+        return require_source(found, "reward_funcs: The reward model")
     what = f"reward_funcs: {spec!r} is neither a function nor a model."
-    require(callable(found) or bool(model), what, help_of(_field("reward_funcs")))
+    require(callable(found), what, help_of(_field("reward_funcs")))
     return found
 
 
@@ -213,6 +227,12 @@ def _field(name: str) -> Field:
 
 
 def _adapter(settings: dict[str, Any], task: str) -> Any:
+    mend = "pip install 'trl-core[peft]'; give options of LoraConfig."
+    for name, fits in (("r", lambda r: type(r) is int and r >= 1), ("lora_dropout", lambda p: 0 <= p < 1)):
+        with contextlib.suppress(TypeError):
+            if name in settings and fits(settings[name]):
+                continue
+        require(name not in settings, f"peft: {name}={settings.get(name)!r} makes no adapter.", mend)
     try:
         return importlib.import_module("peft").LoraConfig(**{"task_type": task, **settings})
     except (ImportError, TypeError, ValueError) as error:
@@ -226,6 +246,12 @@ def _check_data(values: dict[str, Any]) -> None:
     for one, other in (("datasets", "dataset"), ("datasets", "dataset_config"), ("test_split_size", "eval_dataset")):
         mend = "Leave one out; each of the datasets has its own path, name (configuration) and split."
         require(not (values.get(one) and values.get(other)), f"{one} and {other} are both given.", mend)
+    size, stop = values.get("test_split_size"), values.get("stopping_strategy")
+    fits = size is None or (size >= 1 if isinstance(size, int) else 0 < size < 1)
+    require(fits, f"test_split_size={size} leaves no two parts.", "Give a number of rows, or a part between 0 and 1.")
+    fits = stop is None or (bool(values.get("datasets")) and stop in ("first_exhausted", "all_exhausted"))
+    mend = "Give datasets with weights, and first_exhausted or all_exhausted."
+    require(fits, f"stopping_strategy={stop!r} says nothing here.", mend)
 
 
 def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:
@@ -245,6 +271,8 @@ def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) -> None:
+    from ..models.loading import check_model
+
     trainer_class = composition.trainer_class
     rewarded = "reward_funcs" in inspect.signature(trainer_class).parameters
     _check_data(values)
@@ -254,6 +282,10 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     for name in (name for name, asked in needed.items() if asked):
         mend = f"Give --{name}, or `{name}:` in the file of --config. {help_of(_field(name))}"
         require(bool(values.get(name)), f"No {name} is given.", mend)
+    for name in ("model", "ref_model"):
+        if values.get(name):
+            kwargs = options.get("model_init_kwargs")
+            values[name] = check_model(values[name], kwargs if isinstance(kwargs, dict) else {}, name)
     given = [*composition.arguments, *(name for name in ("ref_model", "formatting_func") if values.get(name))]
     extra = {name: load_object(values[name], name) for name in given if name in values}
     if "formatting_func" in extra:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ def load(
     Raises:
         DatasetError: not found, unreadable, or it is not clear which split is meant.
     """
+    given = os.path.expanduser(given)
     match = None if split or Path(given).exists() else re.fullmatch(r"(.+?):(\w[^/\\]*)", given)
     source, split = match.groups() if match else (given, split)
     found = _read(source, config, split, options)
@@ -58,7 +62,10 @@ def load(
 def _read(source: str, config: str | None, split: str | None, options: dict[str, Any]) -> Any:
     path = Path(source)
     known = path.suffix in _BUILDERS
-    if (path.is_file() and not known) or (not path.exists() and (known or source[0] in "./~")):
+    looks_there = known or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", source)
+    if (path.exists() and not path.is_dir() and not (known and path.is_file())) or (
+        not path.exists() and looks_there and "://" not in source
+    ):
         raise DatasetError(
             f"{source!r} is no dataset file or folder; expected files to end in {', '.join(_BUILDERS)}.",
             mend=f"Check the path; it is looked up in {str(Path.cwd())!r}.",
@@ -66,15 +73,39 @@ def _read(source: str, config: str | None, split: str | None, options: dict[str,
     try:
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return load_from_disk(source)
+        if path.is_file() and config:
+            raise ConfigError(
+                f"The file {source!r} has no configurations, so none is called {config!r}.",
+                mend="Leave dataset_config out; it is for datasets of the Hub.",
+            )
         if path.is_file():
             return load_dataset(_BUILDERS[path.suffix], data_files=source, split=split, **options)
         return load_dataset(source, config, split=split, **options)
+    except ConfigError:
+        raise
     except Exception as error:  # every reader raises its own
         cause = error.__cause__ or error
         raise DatasetError(
-            f"The dataset {source!r} cannot be read: {type(cause).__name__}: {cause}",
+            f"The dataset {source!r} cannot be read: {_bad_line(path) or f'{type(cause).__name__}: {cause}'}",
             mend="Give a readable file or folder, or a Hub id that can be reached, with its split and dataset_config.",
         ) from error
+
+
+def _bad_line(path: Path) -> str:
+    """The first line of a file of JSON lines that is none, or that it has none; empty for all else."""
+    if not path.is_file() or path.suffix not in _BUILDERS:
+        return ""
+    if not path.stat().st_size:
+        return "it is empty."
+    with contextlib.suppress(OSError), path.open("rb") as lines:
+        for number, line in enumerate(lines if path.suffix == ".jsonl" else (), 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError) as error:
+                return f"line {number} is no JSON: {error}"
+            if not isinstance(row, dict):
+                return f"line {number} is {line[:80].decode(errors='replace').strip()}, no row ({{...}})."
+    return ""
 
 
 def load_mixture(spec: dict[str, Any]) -> DatasetDict | IterableDatasetDict:

@@ -25,19 +25,29 @@ from transformers.utils.import_utils import is_peft_available
 
 from .. import install
 from ..errors import ConfigError
+from ..names import require_source
+from ..options import require
 from ..redaction import hide_error, remember
 
 logger = logging.getLogger(__name__)
 
 
-def check_model(name: str, model: Any) -> None:
-    """Raise `ConfigError` unless it is the name of a model, a folder or a module."""
-    if isinstance(model, nn.Module) or (isinstance(model, str | os.PathLike) and str(model).strip()):
-        return
-    raise ConfigError(
-        f"{name} is {repr(model)[:80]} ({type(model).__name__}); expected a Hub id, a folder, or a module.",
-        mend="Pass for example 'Qwen/Qwen3-0.6B', or AutoModelForCausalLM.from_pretrained(...).",
-    )
+def check_model(model: Any, init_kwargs: dict[str, Any] | None, what: str = "The model") -> Any:
+    """A module as it is; the folder or Hub id of one as it can be loaded.
+
+    Raises:
+        ConfigError: it is neither, or there is no such folder.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"{what} is {repr(model)[:80]} ({type(model).__name__}); expected a Hub id, a folder, or a module.",
+            mend="Pass for example 'Qwen/Qwen3-0.6B', or AutoModelForCausalLM.from_pretrained(...).",
+        )
+    kwargs = init_kwargs or {}
+    file = "" if kwargs.get("gguf_file") else "config.json"
+    return require_source(os.fspath(model), what, inside=str(kwargs.get("subfolder") or ""), file=file)
 
 
 def load_policy(
@@ -53,28 +63,32 @@ def load_policy(
     Raises:
         ConfigError: `init_kwargs` are given with a module, or the name cannot be loaded.
     """
-    check_model("The model", model)
-    if not isinstance(model, str | os.PathLike):
+    found = check_model(model, init_kwargs)
+    if isinstance(found, nn.Module):
         if init_kwargs:
             raise ConfigError(
                 "`model_init_kwargs` are set but `model` is already a module.",
                 mend="Pass the model's id or path, or remove model_init_kwargs.",
             )
-        return model
+        return found
     kwargs = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+        dtype = getattr(torch, kwargs["dtype"].removeprefix("torch."), None)
+        mend = "Give 'auto', or the name of a floating-point type of torch, such as 'bfloat16'."
+        require(isinstance(dtype, torch.dtype), f"model_init_kwargs: there is no dtype {kwargs['dtype']!r}.", mend)
+        kwargs["dtype"] = dtype
     if kwargs["dtype"] is torch.bfloat16 and not torch.cuda.is_available():
         logger.warning("bfloat16 weights on a CPU without AMX or AVX-512 are extremely slow; float32 is the default.")
     try:
-        loaded: nn.Module = auto_class.from_pretrained(os.fspath(model), **kwargs)
+        loaded: nn.Module = auto_class.from_pretrained(found, **kwargs)
         return loaded
-    except Exception as error:
+    except Exception as error:  # every format and every keyword raises its own
         remember(kwargs)
+        taken = "" if os.path.isdir(found) else " (no folder here, so taken for a Hub id)"
         raise ConfigError(
-            f"The model {model!r} cannot be loaded: {error}",
-            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object; and to "
-            "model_init_kwargs only what from_pretrained takes.",
+            f"The model {model!r}{taken} cannot be loaded: {type(error).__name__}: {error}",
+            mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object; check "
+            "model_init_kwargs. Offline, only models in the cache can be loaded by their id.",
         ) from hide_error(error)
 
 
@@ -97,7 +111,7 @@ def load_tokenizer(
         source = getattr(getattr(model, "config", None), "_name_or_path", "")
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # every format raises its own
             raise ConfigError(
                 f"No tokenizer was passed and none can be loaded from {source!r}.", mend="Pass processing_class=...."
             ) from error
@@ -130,7 +144,7 @@ def load_classifier(
     Raises:
         ConfigError: it has another number of outputs, or see `load_policy`.
     """
-    check_model("The model", model)
+    model = check_model(model, init_kwargs)
     config, one = getattr(model, "config", None), {}
     if isinstance(model, str | os.PathLike):
         one = {"num_labels": 1}
@@ -267,5 +281,11 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool, new_
     if new_head is not None and hasattr(model, new_head):
         peft_config = copy.deepcopy(peft_config)
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), new_head})
-    adapted: nn.Module = importlib.import_module("peft").get_peft_model(model, peft_config)
+    try:
+        adapted: nn.Module = importlib.import_module("peft").get_peft_model(model, peft_config)
+    except Exception as error:  # every kind of adapter raises its own
+        raise ConfigError(
+            f"peft_config: the adapter cannot be made: {type(error).__name__}: {error}",
+            mend="Check its options (target_modules, r) against the model's modules.",
+        ) from error
     return adapted

@@ -15,7 +15,8 @@ from .policy_loss import (
     sampler_ratio,
     sequence_log_ratio,
 )
-from .rewards import accepted_arguments, weighted_reward
+from .reward_checks import accepted_arguments
+from .rewards import weighted_reward
 
 __all__ = [
     "PolicyLossOptions",

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import inspect
-import math
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..batch import Rollouts
 from ..errors import ConfigError, RewardError
-from ..processes import Deferred, Noted, ProcessEnded, Worker, packed
+from ..processes import Deferred, Noted, ProcessEnded, Worker, copied, packed, scores, told
+from . import reward_checks as checks
+from .reward_models import ClassifierReward
 
 
 def weighted_reward(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -48,6 +50,10 @@ class RewardFunctions:
         device: where classifiers run.
         trust_remote_code: for classifiers loaded by name.
         processes: how many processes call plain functions; 0 calls them in this one.
+        load: False to load models and start processes only with `load`.
+
+    Attributes:
+        names: of the functions, each another: a second `score` is `score_2`.
 
     Raises:
         ConfigError: no function was passed, something that is none of these, or one that another process cannot load.
@@ -62,6 +68,7 @@ class RewardFunctions:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         processes: int = 0,
+        load: bool = True,
     ) -> None:
         listed = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
         if not listed or listed == [None]:
@@ -76,15 +83,13 @@ class RewardFunctions:
         self.functions: list[Callable[..., Any]] = []
         self.names: list[str] = []
         for function, tokenizer in zip(listed, given, strict=True):
-            if isinstance(function, str | nn.Module):
+            if isinstance(function, str | os.PathLike | nn.Module):
                 function = ClassifierReward(function, tokenizer, device, trust_remote_code)
-            if not callable(function):
-                raise ConfigError(
-                    f"A reward function must be callable, a model or a model's name; got {type(function).__name__}.",
-                    mend="Pass a function (prompts, completions, **columns) -> list of numbers.",
-                )
+            name = checks.name_of(function)
+            checks.check_callable(function, name)
+            name = next(n for i in range(len(listed)) if (n := f"{name}_{i + 1}" if i else name) not in self.names)
             self.functions.append(function)
-            self.names.append(str(getattr(function, "__name__", type(function).__name__)))
+            self.names.append(name)
         self._sent = [f for f in self.functions if processes and not _is_awaited(f) and not _holds_model(f)]
         for function in self._sent:
             try:
@@ -94,6 +99,24 @@ class RewardFunctions:
         by_row = any(getattr(f, "row_by_row", False) for f in self._sent)
         self._count = processes if by_row else min(processes, len(self._sent))
         self._workers: list[Worker] = []
+        if load:
+            self.load()
+
+    def check_columns(self, columns: Collection[str], where: str) -> None:
+        """Raise `RewardError` if a function wants an argument that neither the trainer nor these columns give it."""
+        offered = dict.fromkeys((*(column for column in columns if column != "prompt"), *checks.PROVIDED))
+        for name, function in zip(self.names, self.functions, strict=True):
+            checks.refuse_missing(name, checks.accepted_arguments(function, offered)[1], offered, where)
+
+    def load(self) -> None:
+        """Load the classifiers that were given by name, and start the processes.
+
+        Raises:
+            ConfigError: a model cannot be loaded, or a function not in another process.
+        """
+        for function in self.functions:
+            if isinstance(function, ClassifierReward):
+                function.load()
         self._start_workers()
 
     @property
@@ -131,10 +154,10 @@ class RewardFunctions:
             for part in torch.arange(rollouts.num_rows).tensor_split(parts):
                 rows = range(int(part[0]), int(part[-1]) + 1)
                 call = _Call(number, self.names[number], function, rows)
-                offered: dict[str, Any] = {name: values[rows.start : rows.stop] for name, values in of_rows.items()}
+                # Lists of its own: what a function does to them, nobody else sees.
+                offered = {name: copied(list(values[rows.start : rows.stop])) for name, values in of_rows.items()}
                 for name, value in context.items():
-                    # A plain copy of the state: its class would import torch where nothing else may.
-                    given = SimpleNamespace(**vars(value)) if sent and is_dataclass(value) else value
+                    given = _state_copy(value, plain=sent) if is_dataclass(value) else value
                     offered[name] = Deferred(name, call.noted) if callable(value) else given
                 call.bind(offered, self._sent.index(function) if sent else None)
                 calls.append(call)
@@ -144,8 +167,7 @@ class RewardFunctions:
     def _unsendable(self, functions: list[Callable[..., Any]], error: BaseException) -> ConfigError:
         names = [self.names[self.functions.index(function)] for function in functions]
         return ConfigError(
-            f"reward_processes: another process cannot load the reward functions {names}: "
-            f"{type(error).__name__}: {error}",
+            f"reward_processes: another process cannot load the reward functions {names}: {told(error)}",
             mend="Define them at the top level of a module that can be imported (no lambda, no function inside "
             "another; on a command line module:name, not file.py:name), and put what starts the training under "
             "`if __name__ == '__main__':`. Or set reward_processes=0.",
@@ -196,13 +218,8 @@ class _Call:
 
     def bind(self, offered: dict[str, Any], sent_as: int | None) -> None:
         """Take those of the arguments that the function accepts, packed if they are to be sent."""
-        self.arguments, missing = accepted_arguments(self.function, offered)
-        if missing:
-            raise RewardError(
-                f"The reward function {self.name!r} wants the arguments {missing}, which the dataset has no columns "
-                "for.",
-                mend=f"Add the columns, or take some of: {', '.join(sorted(offered))}.",
-            )
+        self.arguments, missing = checks.accepted_arguments(self.function, offered)
+        checks.refuse_missing(self.name, missing, offered, "the dataset")
         try:
             self.request = None if sent_as is None else packed((sent_as, self.arguments, self.noted))
         except Exception as error:
@@ -215,7 +232,7 @@ class _Call:
     def fail(self, error: BaseException) -> None:
         """Note what the function raised."""
         self.error = RewardError(
-            f"The reward function {self.name!r} raised {type(error).__name__}: {error}",
+            f"The reward function {self.name!r} raised {told(error)}",
             mend="Fix the function, or return None for rows it cannot score.",
         )
         self.error.__cause__ = error
@@ -252,13 +269,18 @@ class Scoring:
         worker.busy = False
 
     def _call_here(self, calls: list[_Call]) -> None:
+        own = os.getpid()
+
         async def one(call: _Call) -> None:
             try:
-                call.result = call.function(**call.arguments)
-                if inspect.isawaitable(call.result):
-                    call.result = await call.result
+                result = call.function(**call.arguments)
+                if inspect.isawaitable(result):
+                    result = await result
+                call.result = scores(result)
             except BaseException as error:
                 call.fail(error)
+            if os.getpid() != own:
+                os._exit(0)  # a copy of this process, which the function has made
             call.done = True
 
         async def all_calls() -> None:
@@ -289,14 +311,16 @@ class Scoring:
         columns: list[list[float]] = [[] for _ in self.owner.functions]
         for call in self.calls:
             try:
-                for name, args, kwargs in call.noted:
-                    self.context[name](*args, **kwargs)
+                for name, arguments in checks.logged(call.name, call.noted, len(call.rows)):
+                    self.context[name](*arguments)
+            except RewardError as error:
+                call.error = call.error or error
             except Exception as error:
                 call.fail(error)
             if call.error is not None:
                 raise call.error
         for call in self.calls:
-            columns[call.number] += _column(call.name, call.result, call.rows)
+            columns[call.number] += checks.column(call.name, call.result, call.rows)
         return torch.tensor(columns, dtype=torch.float32).T.reshape(self.rows, len(columns))
 
 
@@ -311,86 +335,15 @@ def _is_awaited(function: Callable[..., Any]) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 
+def _state_copy(state: Any, plain: bool) -> Any:
+    """A copy of the trainer's state; a plain one where its class would import torch."""
+    own = {name: value.copy() if isinstance(value, list | dict) else value for name, value in vars(state).items()}
+    made = SimpleNamespace() if plain else copy.copy(state)
+    vars(made).update(own)
+    return made
+
+
 def _holds_model(function: Callable[..., Any]) -> bool:
     owner = getattr(function, "__self__", function)
-    return any(isinstance(value, nn.Module) for value in getattr(owner, "__dict__", {}).values())
-
-
-def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those of the offered arguments that a user's function takes, and the names of what it needs beyond them."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return offered, []
-    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in offered]
-    return {name: offered[name] for name in parameters if name in offered}, missing
-
-
-def _column(name: str, result: Any, rows: range) -> list[float]:
-    values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, list | tuple) or len(values) != len(rows):
-        got = f"{len(values)} values" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        raise RewardError(
-            f"The reward function {name!r} returned {got} for {len(rows)} rows.",
-            mend="Return a list with one number (or None) per completion.",
-        )
-    column = []
-    for row, value in zip(rows, values, strict=True):
-        try:
-            number = float("nan") if value is None else float(value)
-        except (TypeError, ValueError):
-            number = math.inf
-        if math.isinf(number):
-            raise RewardError(
-                f"The reward function {name!r} returned {value!r} for row {row}; expected a finite number or None.",
-                mend="Clip the value, or return None for a row that cannot be scored.",
-            )
-        column.append(number)
-    return column
-
-
-class ClassifierReward:
-    """A sequence classifier with one output as a reward function."""
-
-    def __init__(self, model: str | nn.Module, tokenizer: Any, device: Any, trust_remote_code: bool) -> None:
-        if isinstance(model, str):
-            name = model
-            try:
-                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                    model, num_labels=1, dtype=torch.float32, trust_remote_code=trust_remote_code
-                )
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"The reward model {model!r} cannot be loaded: {error}",
-                    mend="Pass a function, or a sequence classifier: a Hub id you can reach, a folder, or a module.",
-                ) from error
-        else:
-            loaded = model
-            name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-        self.__name__ = name.rstrip("/").split("/")[-1]
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        self.model = loaded.to(device).eval()
-        self.tokenizer = tokenizer
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        """One score per row."""
-        texts, special = [], True
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if isinstance(prompt, str):
-                texts.append(prompt + completion)
-            else:
-                special = False  # a chat template writes them itself
-                texts.append(self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False))
-        sequences = [self.tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
-        device = next(self.model.parameters()).device
-        scores = []
-        # Row by row: the score is read at the last token, which padding may hide (a pad token that equals the
-        # terminator, or none at all).
-        pad_token_id, self.model.config.pad_token_id = self.model.config.pad_token_id, None
-        try:
-            for ids in sequences:
-                scores.append(self.model(input_ids=torch.tensor([ids], device=device)).logits[0, 0].item())
-        finally:
-            self.model.config.pad_token_id = pad_token_id
-        return scores
+    held = getattr(owner, "__dict__", {}).values()
+    return isinstance(function, ClassifierReward) or any(isinstance(value, nn.Module) for value in held)

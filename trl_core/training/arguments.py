@@ -13,7 +13,8 @@ from transformers.utils.import_utils import is_peft_available
 from ..data.prompts import check_kind
 from ..errors import ConfigError, DatasetError, UnknownOptionError
 from ..models.loading import check_model
-from ..options import did_you_mean, require
+from ..names import did_you_mean
+from ..options import require
 
 if TYPE_CHECKING:
     from ..composition import Composition
@@ -48,10 +49,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     Raises:
         ConfigError, DatasetError: an argument of another kind, or an evaluation without a dataset.
     """
-    if "model" in given:
-        check_model("model", given["model"])
-    if given.get("ref_model") is not None:
-        check_model("ref_model", given["ref_model"])
+    loading = getattr(given.get("args"), "model_init_kwargs", None)
+    for name in ("model", "ref_model"):
+        if name in given and (name == "model" or given[name] is not None):
+            check_model(given[name], dict(loading) if isinstance(loading, Mapping) else None, name)
     _check_tokenizer(given.get("processing_class"))
     _check_callbacks(given.get("callbacks"))
     _check_optimizers(given.get("optimizers"))

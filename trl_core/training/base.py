@@ -27,6 +27,7 @@ from ..hookspecs import HookContext, hookimpl
 from ..models.layout import PADDED, Layouts, layouts_of
 from ..models.loading import (
     add_adapter,
+    check_model,
     disable_dropout,
     evaluating,
     is_peft,
@@ -150,9 +151,12 @@ class CoreTrainer(CheckpointedTrainer):
         callbacks = list({id(callback): callback for callback in callbacks}.values())
         check_output_dir(args.output_dir)
         self._check_reference(args, ref_model, adapter=peft_config is not None)
+        model = check_model(model, args.model_init_kwargs)
+        ref_model = None if ref_model is None else check_model(ref_model, args.model_init_kwargs, "The reference model")
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
         self.note_inputs(train_dataset=train_dataset, arguments=self.context.arguments, optimizers=optimizers)
 
+        self.load_beside()
         set_seed(args.seed)
         policy = self._load_model(model, args)
         tokenizer = self._load_tokenizer(processing_class, policy, args)
@@ -260,6 +264,9 @@ class CoreTrainer(CheckpointedTrainer):
         """Check the datasets; called before loading with `model` and `tokenizer` None, and again with both."""
 
     # -- loading --------------------------------------------------------------------------------------------------
+    def load_beside(self) -> None:
+        """Load what is needed beside the models; called when everything is checked, before they are loaded."""
+
     def _load_model(self, model: Any, args: Any) -> nn.Module:
         return load_policy(model, args.model_init_kwargs, args.trust_remote_code)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..errors import ConfigError
-from ..options import check_names, check_options, did_you_mean, option, require
+from ..names import did_you_mean
+from ..options import check_names, check_options, option, require
 from ..redaction import redacted, remember
 
 logger = logging.getLogger(__name__)
-_TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
 LOSS_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -148,6 +152,7 @@ class CoreConfig(TrainingArguments):
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = None
         self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
+        _check_trackers(self.report_to)
         require(
             not self.auto_find_batch_size,
             "auto_find_batch_size would change how rows are grouped into steps.",
@@ -158,9 +163,6 @@ class CoreConfig(TrainingArguments):
         except Exception as error:
             what = f"transformers refuses the options: {error}"
             raise ConfigError(what, mend="Change the option that is named.") from error
-        for tracker in self.report_to or ():
-            what = f"report_to={tracker!r} is no tracker that transformers knows.{did_you_mean(tracker, _TRACKERS)}"
-            require(tracker in _TRACKERS, what, f"Use some of: {', '.join(_TRACKERS)}; or 'none'.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -177,8 +179,26 @@ class CoreConfig(TrainingArguments):
     __repr__ = __str__
 
 
+def _check_trackers(report_to: Any) -> None:
+    """Raise `ConfigError` unless the trackers are known and installed; transformers finds out with the model loaded."""
+    given = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    require(given != ["all"] or bool(installed), "report_to='all', but no tracker is installed.", "Install one.")
+    for name in given if given not in (["all"], ["none"]) else []:
+        mend = f"Use 'none', or some of: {', '.join(INTEGRATION_TO_CALLBACK)}."
+        known = isinstance(name, str) and name in INTEGRATION_TO_CALLBACK
+        require(known, f"report_to: there is no tracker {name!r}.{did_you_mean(name, INTEGRATION_TO_CALLBACK)}", mend)
+        require(
+            name in installed or name == "flyte",  # it does not say whether it is installed
+            f"report_to: the tracker {name!r} is not installed; installed are: {', '.join(installed) or 'none'}.",
+            f"Install it (pip install {name.replace('_', '-')}), or set report_to='none'.",
+        )
+
+
 def as_dict(value: Any) -> dict[str, Any]:
     """A dictionary option, which on a command line is JSON and is parsed by then."""
+    mend = "On a command line write JSON: '{\"name\": 1}'."
+    require(isinstance(value or {}, Mapping), f"{value!r} is no mapping of options.", mend)
     return dict(value or {})
 
 

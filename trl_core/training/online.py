@@ -91,6 +91,7 @@ class OnlineTrainer(RolloutSteps):
             device=checked.device,
             trust_remote_code=checked.trust_remote_code,
             processes=checked.reward_processes,
+            load=False,
         )
         self.note_inputs(reward_funcs=self.reward_functions.functions)
         self.reward_weights = _reward_weights(checked.reward_weights, self.reward_functions.names)
@@ -137,6 +138,12 @@ class OnlineTrainer(RolloutSteps):
         for split, dataset in {"train_dataset": train, **splits}.items():
             if dataset is not None and (tokenizer is None or limit is not None):
                 prompt_data.check_dataset(dataset, split, tokenizer, limit, as_dict(args.chat_template_kwargs))
+            if dataset is not None and tokenizer is None and dataset.column_names is not None:
+                self.reward_functions.check_columns(dataset.column_names, split)
+
+    def load_beside(self) -> None:
+        """The classifiers among the reward functions, and the processes that call others."""
+        self.reward_functions.load()
 
     @property
     def _data_seed(self) -> int | None:

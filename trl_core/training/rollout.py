@@ -17,10 +17,11 @@ from ..answers import marked
 from ..batch import Generated, Prompts, Rollouts, Samples, Sampling
 from ..composition import DEFAULTS
 from ..data import prompts as prompt_data
-from ..errors import TRLCoreError
+from ..errors import RewardError, TRLCoreError
 from ..hookspecs import hook_kinds, hookimpl
 from ..stages.advantages import group_std
 from ..stages.generation import generate
+from ..stages.reward_checks import LARGEST as LARGEST_REWARD
 from ..stages.rewards import RewardFunctions, Scoring, weighted_reward
 from .base import CoreTrainer, DefaultHooks
 from .completions import CompletionLog
@@ -183,6 +184,15 @@ class RolloutSteps(CoreTrainer):
 
     def _with_reward(self, rollouts: Rollouts) -> Rollouts:
         rollouts.reward = weighted_reward(rollouts.rewards, self.reward_weights)
+        if bool((huge := rollouts.reward.abs() > LARGEST_REWARD).any()):
+            self.failed_everywhere = True
+            row = int(huge.nonzero()[0])
+            raise RewardError(
+                f"The weighted reward of row {row} is {rollouts.reward[row].item():g}, from "
+                f"{dict(zip(self.reward_functions.names, rollouts.rewards[row].tolist(), strict=True))} and "
+                f"reward_weights={self.reward_weights.tolist()}; at most {LARGEST_REWARD:g} can be worked with.",
+                mend="Lower reward_weights, or scale the rewards.",
+            )
         if bool(torch.isnan(rollouts.reward).all()) and not self._warned_unscored:
             self._warned_unscored = True
             logger.warning("No reward function scored any row of a generation batch; such batches teach nothing.")
