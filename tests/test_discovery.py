@@ -318,9 +318,9 @@ def test_summary_over_several_lines_becomes_one(packages):
     assert find("zeta").summary == "Two lines."
 
 
-def test_fourth_reexport_falls_back_to_the_metadata(packages):
-    files = {f"trl_zeta/m{i}.py": f"from .m{i + 1} import algorithm" for i in range(4)}
-    files |= {"trl_zeta/__init__.py": "", "trl_zeta/m4.py": f"algorithm = {CALL}"}
+def test_thirteenth_name_on_the_way_falls_back_to_the_metadata(packages):
+    files = {f"trl_zeta/m{i}.py": f"from .m{i + 1} import algorithm" for i in range(12)}
+    files |= {"trl_zeta/__init__.py": "", "trl_zeta/m12.py": f"algorithm = {CALL}"}
     points = {"zeta": "trl_zeta.m0:algorithm", "eta": "trl_zeta.m1:algorithm"}
     write_distribution(packages, "trl-zeta", {"trl_core.stable": points}, files=files)
     assert (find("zeta").extends, find("eta").extends) == (None, "grpo")

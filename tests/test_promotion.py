@@ -1,5 +1,6 @@
 """The way from experimental to stable and back, on a project that meets every criterion until a test takes one away."""
 
+import importlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from trl_core import list_algorithms
 from trl_core.cli.main import main
 from trl_core.errors import ProjectError
+from trl_core.files import replace_text
 from trl_core.project import Project, find_project
 from trl_core.promotion import conformance, moves, stabilisation
 from trl_core.promotion.criteria import CRITERIA, Candidate, findings, verdict
@@ -28,7 +30,7 @@ PYPROJECT = """\
 name = "trl-proven"
 version = "0.3.0"
 description = "For tests."
-dependencies = ["trl-core>=0.1,<0.3"]
+dependencies = ["trl-core>=0.1,<0.3", "trl-bema"]
 maintainers = [{ name = "A. N. Author", email = "author@example.org" }]
 
 # The group is the stability tag.
@@ -360,24 +362,109 @@ def test_removal_comes_with_notice(removal, stability, says, project):
             moves.check_removal(project, stability, removal)
 
 
-def test_announcement_replaces_an_earlier_one(project):
-    file = project.folder / "trl_proven" / "__init__.py"
-    for removal in ("0.5", "0.6"):
-        file.write_text(moves.announced("trl_proven:algorithm", removal, "better")[1])
-    assert file.read_text().count("removal=") == 1 and 'removal="0.6"' in file.read_text()
+def test_deprecation_can_be_put_off_and_taken_back(project, capsys):
+    arguments = ["deprecate", "proven", "--replacement", "better", "--apply", "--removal"]
+    module = project.folder / "trl_proven" / "__init__.py"
+    assert main([*arguments, "0.5"]) == 0 and main([*arguments, "0.6"]) == 0
+    assert module.read_text().count("removal=") == 1 and 'removal="0.6"' in module.read_text()
+    assert main([*arguments, "0.5"]) == 2
+    assert "was announced for 0.6; 0.5 is before that" in capsys.readouterr().err
+    assert main(["demote", "proven", "--apply"]) == 0
+    assert (module.read_text(), project.file.read_text()) == (SOURCE, PYPROJECT)
 
 
-def test_announcement_on_one_line(project):
-    file = project.folder / "trl_proven" / "__init__.py"
-    file.write_text('import trl_core\nalgorithm = trl_core.Algorithm("proven", "For tests.")\n')
-    text = moves.announced("trl_proven:algorithm", "0.5", "better")[1]
-    assert 'trl_core.Algorithm("proven", "For tests.", removal="0.5", replacement="better")' in text
+@pytest.mark.parametrize("replacement", ["", " ", "proven", "trl-proven:proven"])
+def test_replacement_is_something_else(replacement, project, capsys):
+    assert main(["deprecate", "proven", "--removal", "0.5", "--replacement", replacement]) == 2
+    assert "names nothing else to use" in capsys.readouterr().err
 
 
-def test_announcement_without_the_call_says_what_to_write(project, capsys):
-    (project.folder / "trl_proven" / "__init__.py").write_text("from .elsewhere import algorithm\n")
+# Sources of a package, the entry point if it is not `trl_proven:algorithm`, and the call as it then stands; None where
+# it cannot be found.
+CALL = 'Algorithm("proven", "For tests.", "grpo")'
+TOLD = 'Algorithm("proven", "For tests.", "grpo", removal="0.5", replacement="bet\\"ter")'
+WRITTEN = {
+    "in another module": ({"a": f"algorithm = {CALL}", "": "from .a import algorithm"}, TOLD),
+    "under another name": ({"a": f"algo = {CALL}", "": "from .a import algo as algorithm"}, TOLD),
+    "by way of a variable": ({"": f"made = {CALL}\nalgorithm = made"}, TOLD),
+    "as an attribute of a module": ({"a": f"it = {CALL}", "": "from . import a\n\nalgorithm = a.it"}, TOLD),
+    "by an absolute import": ({"a": f"it = {CALL}", "": "import trl_proven.a as m\n\nalgorithm = m.it"}, TOLD),
+    "in a submodule": ({"a": f"it = {CALL}", "": ""}, TOLD, "trl_proven.a:it"),
+    "through a submodule": ({"a": f"it = {CALL}", "": "from .a import it"}, TOLD, "trl_proven:a.it"),
+    "in a class": ({"": f"class All:\n    it = {CALL}"}, TOLD, "trl_proven:All.it"),
+    "in a try": ({"": f"try:\n    algorithm = {CALL}\nfinally:\n    pass"}, TOLD),
+    "renamed class": (
+        {"": "from trl_core import Algorithm as Made\n\nalgorithm = Made('proven', 'x')"},
+        'Made(\'proven\', \'x\', removal="0.5", replacement="bet\\"ter")',
+    ),
+    "annotated, in brackets, after text of more bytes": (
+        {"": f"é: str = 'é'; algorithm: Algorithm = ({CALL})"},
+        f"é: str = 'é'; algorithm: Algorithm = ({TOLD})",
+    ),
+    "line ends of Windows": ({"": f"x = 1\r\nalgorithm = {CALL}\r\n"}, f"x = 1\r\nalgorithm = {TOLD}\r\n"),
+    "another encoding": ({"": f"# coding: latin-1\nx = 'é'\nalgorithm = {CALL}"}, f"x = 'é'\nalgorithm = {TOLD}"),
+    "comments": (
+        {"": 'algorithm = Algorithm(\n    name="proven",  # one\n    summary="x",  # two\n)  # three\n'},
+        '  # one\n    summary="x",  # two\n    removal="0.5",\n    replacement="bet\\"ter",\n)  # three\n',
+    ),
+    "no last comma": (
+        {"": 'algorithm = Algorithm(\n    name="proven",\n    summary="x"\n)\n'},
+        '    name="proven",\n    summary="x",\n    removal="0.5",\n    replacement="bet\\"ter"\n)\n',
+    ),
+    "made by a function": ({"": "algorithm = make()"}, None),
+    "lazily": ({"": "def __getattr__(name):\n    return 1"}, None),
+    "elsewhere": ({"": "from trl_gfpo import algorithm"}, None),
+    "arguments in a mapping": ({"": "algorithm = Algorithm(**{'name': 'proven'})"}, None),
+    "no Python": ({"": "algorithm = ("}, None),
+    "no module": ({"": ""}, None, "trl_proven.b:algorithm"),
+}
+
+
+@pytest.mark.parametrize("where", WRITTEN)
+def test_deprecate_finds_the_definition_or_says_what_to_write(where, tmp_path, monkeypatch, capsys):
+    sources, told, *point = WRITTEN[where]
+    (tmp_path / "trl_proven").mkdir()
+    (tmp_path / "pyproject.toml").write_text(
+        PYPROJECT.replace("trl_proven:algorithm", (point or ["trl_proven:algorithm"])[0])
+    )
+    encoding = "latin-1" if where == "another encoding" else "utf-8"
+    files = {tmp_path / "trl_proven" / f"{name or '__init__'}.py": text for name, text in sources.items()}
+    for file, text in files.items():
+        file.write_bytes(text.encode(encoding))
+    monkeypatch.chdir(tmp_path)
+    code = main(["deprecate", "proven", "--removal", "0.5", "--replacement", 'bet"ter', "--apply"])
+    after = "".join(file.read_bytes().decode(encoding) for file in files)
+    if told is None:
+        assert code == 2 and after == "".join(files.values())
+        said = capsys.readouterr().err
+        assert (
+            "Write removal=... and replacement=..." in said
+            or "Deprecate it where it is written" in said
+            or "pip install -e" in said
+        )
+    else:
+        assert code == 0 and told in after
+        assert main(["demote", "proven", "--apply"]) == 0
+        assert "".join(file.read_bytes().decode(encoding) for file in files) == "".join(files.values())
+
+
+def test_removal_from_a_project_without_a_version(project, capsys):
+    edit(project.file, 'version = "0.3.0"', 'version = "of/today"')
     assert main(["deprecate", "proven", "--removal", "0.5", "--replacement", "better"]) == 2
-    assert "Write removal='0.5', replacement='better'" in capsys.readouterr().err
+    assert "pyproject.toml says no version that can be compared: 'of/today'" in capsys.readouterr().err
+
+
+def test_nothing_is_written_if_something_cannot_be(project, monkeypatch, capsys):
+    def refuse(file, *rest):
+        if file == project.file:
+            raise PermissionError(13, "Permission denied", str(file))
+        replace_text(file, *rest)
+
+    monkeypatch.setattr("trl_core.cli.demote.replace_text", refuse)
+    assert main(["deprecate", "proven", "--removal", "0.5", "--replacement", "better", "--apply"]) == 2
+    assert "pyproject.toml cannot be read or written: Permission denied" in capsys.readouterr().err
+    assert (project.folder / "trl_proven" / "__init__.py").read_text() == SOURCE
+    assert project.file.read_text() == PYPROJECT
 
 
 def test_one_of_two_algorithms_is_moved(project):
@@ -411,7 +498,113 @@ def test_project_that_is_installed_from_elsewhere_is_refused(project, packages):
     (info / "direct_url.json").unlink()
     with pytest.raises(ProjectError, match="not installed from its source folder"):
         find_project("proven")
-    assert main(["promote", "proven", "--project", str(project.folder)]) == 0
+
+
+def test_spelling_of_the_name_is_as_trl_core_new_takes_it(packages, tmp_path):
+    points = {"trl_core.experimental": {"my_algo": "trl_my_algo:algorithm"}}
+    info = write_distribution(packages, "trl-my-algo", points)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "trl-my-algo"\n')
+    (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    for name in ("my-algo", "My_Algo", "trl-my-algo", "trl_my_algo", "trl-my-algo:my-algo"):
+        assert find_project(name).folder == tmp_path
+
+
+def verdicts(project, capsys, *words):
+    """What `trl-core promote` finds, as data."""
+    code = main(["promote", *words, "--json"])
+    told = capsys.readouterr()
+    return code, json.loads(told.out or "{}"), told.err
+
+
+def test_verdict_does_not_depend_on_what_else_is_installed(project, packages, capsys):
+    alone = verdicts(project, capsys, "proven")
+    assert alone[0] == 0
+    sibling = SOURCE.replace("proven", "stray")
+    write_distribution(
+        packages,
+        "trl-stray",
+        {"trl_core.experimental": {"stray": "trl_stray:algorithm"}},
+        files={"trl_stray.py": sibling},
+    )
+    write_distribution(
+        packages, "trl-broken", {"trl_core.stable": {"broken": "not there"}, "trl-core.stable": {"b": "c"}}
+    )
+    # One has an algorithm of this name, another is named like it, a third has the name of the distribution.
+    write_distribution(packages, "trl-other", {"trl_core.stable": {"proven": "trl_stray:algorithm"}})
+    write_distribution(packages, "proven", {})
+    write_distribution(packages, "trl-proven", {"trl_core.experimental": {"proven": "trl_stray:x"}}, version="0.1")
+    assert verdicts(project, capsys, "proven") == alone
+    assert verdicts(project, capsys, "trl-proven:proven") == alone
+    assert verdicts(project, capsys, str(project.folder)) == alone
+
+
+def test_folder_is_read_whatever_is_installed(project, packages, tmp_path, monkeypatch, capsys):
+    sys.path.remove(str(project.folder))
+    installed = verdicts(project, capsys, "proven", "--project", str(project.folder))
+    assert installed[0] == 0
+    (packages / "trl_proven").mkdir()
+    (packages / "trl_proven" / "__init__.py").write_text("a wheel")
+    for info in packages.glob("*.dist-info"):
+        (info / "direct_url.json").unlink()
+    path = list(sys.path)
+    assert "not installed from its source folder" in verdicts(project, capsys, "proven")[2]
+    assert verdicts(project, capsys, "proven", "--project", str(project.folder)) == installed
+    shutil.rmtree(packages)
+    assert verdicts(project, capsys, "proven", "--project", str(project.folder)) == installed
+    assert sys.path == path
+    monkeypatch.chdir(project.folder)
+    for name in ("proven", "trl-proven", ".", "Proven"):
+        assert verdicts(project, capsys, name) == installed
+
+
+def test_another_copy_that_was_imported_before_is_refused(project, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other" / "trl_proven").mkdir(parents=True)
+    (tmp_path / "other" / "trl_proven" / "__init__.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    importlib.import_module("trl_proven")
+    assert main(["promote", "proven", "--project", str(project.folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"is imported from {tmp_path / 'other'}" in said and f"pip install -e {project.folder}" in said
+
+
+def test_module_that_the_folder_lacks_is_named(project, capsys):
+    edit(project.file, "trl_proven:algorithm", "trl_nowhere.inner:algorithm")
+    assert main(["promote", "proven"]) == 2
+    assert "is imported from None, not from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["other:proven"], "registers no algorithm 'other:proven'; it has: proven"),
+        (["grpo"], "registers no algorithm 'grpo'; it has: proven"),
+        (["proven", "--project", "nothere"], "cannot be read: [Errno 2]"),
+    ],
+)
+def test_algorithm_that_the_project_does_not_have(words, says, project, capsys):
+    for command in ("promote", "demote"):
+        assert main([command, *(words if "--project" in words else [*words, "--project", str(project.folder)])]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("# What this", "project = 1\n[tool.x]\n# What this", "no valid TOML"),
+        ("[project]", "[projects]", "no [project] with a name"),
+        ('name = "trl-proven"', "name = 5", "no [project] with a name"),
+        ('proven = "trl_proven:algorithm"', "proven = 5", "is no table of texts"),
+        ('[project.entry-points."trl_core.experimental"]', "[project.entry-points]", "is no table of texts"),
+        ("[tool.other]", '[project.entry-points."trl_core.stable"]\nproven = "x:y"\n[tool.other]', "proven twice"),
+        ("maintainers = [", 'maintainers = ["me", ', None),
+        ('dependencies = ["trl-core', 'dependencies = ["", "trl-core', None),
+    ],
+)
+def test_project_file_of_another_form_is_told(old, new, says, project, capsys):
+    edit(project.file, old, new)
+    code = main(["promote", "proven", "--project", str(project.folder)])
+    assert code == (0 if says is None else 2)
+    assert says is None or says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -421,30 +614,6 @@ def test_project_file_that_says_nothing_is_refused(text, says, tmp_path):
     (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(ProjectError, match=says):
         Project(tmp_path)
-
-
-@pytest.mark.parametrize("command", ["check", "promote"])
-def test_project_that_is_not_what_is_imported_is_refused(command, project, packages, capsys):
-    arguments = (
-        [command, str(project.folder)]
-        if command == "check"
-        else ["promote", "proven", "--project", str(project.folder)]
-    )
-    other = packages / "trl_proven"
-    other.mkdir()
-    (other / "__init__.py").write_text(SOURCE)
-    sys.path.remove(str(project.folder))
-    assert main(arguments) == 2
-    assert f"is imported from {other / '__init__.py'}, not from" in capsys.readouterr().err
-    for info in packages.glob("*.dist-info"):
-        shutil.rmtree(info)
-    assert main(arguments) == 2
-    assert f"pip install -e {project.folder}" in capsys.readouterr().err
-
-
-def test_algorithm_that_the_project_does_not_register(project, capsys):
-    assert main(["promote", "grpo", "--project", str(project.folder)]) == 2
-    assert "registers no algorithm 'grpo'; it has: proven" in capsys.readouterr().err
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------

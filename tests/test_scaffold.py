@@ -1,5 +1,7 @@
 """`trl-core new`: what it makes is complete, in style, installs, trains and conforms; what cannot be is refused."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 from trl_core.cli.main import main
 from trl_core.project import Project
 
-from .helpers_dist import write_plugin
+from .helpers_dist import write_distribution, write_plugin
 from .helpers_wheels import build_wheel, install, make_environment, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +150,67 @@ def test_types_fit(many):
         command += ["--cache-dir", str(many.parent / "types")]
         done = subprocess.run(command, cwd=many / f"{shape}-Two-Words3", capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+# -- the way of an algorithm, with the commands for authors ------------------------------------------------------------
+@pytest.fixture
+def ours(tmp_path, monkeypatch):
+    """Forget what a test imports of the plugins that it makes."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    before = set(sys.modules)
+    yield tmp_path / "a folder, so to speak"
+    for name in set(sys.modules) - before:
+        if name.startswith("trl_my_"):
+            del sys.modules[name]
+
+
+def command(*words, code=0):
+    """Run `trl-core`; what it prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([*map(str, words)]) == code, out.getvalue()
+    return out.getvalue()
+
+
+def install_from(folder, site):
+    """As `pip install -e` leaves it, but for the path, which a test sets."""
+    project = Project(folder)
+    points = {f"trl_core.{tag.value}": {name: value} for name, (tag, value) in project.algorithms.items()}
+    info = write_distribution(site, project.name, points, requires=project.dependencies)
+    (info / "direct_url.json").write_text(json.dumps({"url": folder.as_uri(), "dir_info": {"editable": True}}))
+    sys.path.insert(0, str(folder))
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "not installed"])
+@pytest.mark.parametrize(
+    "shape", [shape if shape == "online" else pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES | OTHERS]
+)
+def test_what_is_made_can_be_checked_recorded_promoted_and_deprecated(shape, installed, ours, packages, monkeypatch):
+    name = f"My-{shape}"
+    folder = new(ours, name, *(SHAPES | OTHERS)[shape], "--author", "Zoë <z@example.org>")
+    before = {path: (folder / path).read_bytes() for path in files_of(folder)}
+    where = () if installed else ("--project", folder)
+    if installed:
+        install_from(folder, packages)
+    assert command("api", "record", folder).strip() == str(folder / "api" / "0.1.0.json")
+    assert "no breaking changes" in command("api", "check", folder)
+    lacking = "is experimental: not ready: conformance, claim, releases."
+    assert lacking in command("promote", name, *where, code=1)
+    if not installed or shape != "online":
+        # The kit runs in a process of its own; here only what takes no training.
+        monkeypatch.setenv("PYTHONPATH", str(packages))
+        quick = ["--pytest", "-k 'listed or range or public or contract or have_default' -p no:cacheprovider"]
+        assert "5 passed" in command("check", folder, *quick, "--report", ours / "report.json")
+        assert (ours / "report.json").is_file()
+    change = ("deprecate", name, *where, "--removal", "0.2", "--replacement", "grpo")
+    assert "Nothing was written" in command(*change)
+    assert {path: (folder / path).read_bytes() for path in before} == before
+    command(*change, "--apply")
+    assert Project(folder).algorithm(name)[0].value == "deprecated"
+    monkeypatch.chdir(folder)
+    command("demote", ".", "--apply")
+    assert {path: (folder / path).read_bytes() for path in before} == before
+    assert lacking in command("promote", name.lower(), code=1)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ _VALUE = re.compile(r"([\w.]+)\s*:\s*([\w.]+)\s*(?:\[.*\])?")
 # "+" and ":" have a meaning in the spelling of a composition.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _LONGEST_NAME = 100
-_REEXPORTS = 3
+_STEPS = 12
+"""Names and imports that are followed to a definition."""
 _LARGEST = 4 * 2**20
 """Bytes of a file that is looked at for the listing."""
 
@@ -392,46 +393,106 @@ def _why_broken(entry: _Entry, core: str) -> str | None:
 # -- reading the source instead of importing it -----------------------------------------------------------------------
 def _literals(value: str) -> tuple[str | None, str | None]:
     """`summary` and `extends` of an exported `Algorithm(...)`, as far as its source says them literally."""
-    module, name = _split(value) or ("", "")
+    # This is only for show, and any source file may come by: no oddity in one may stop the listing.
     try:
-        for _ in range(_REEXPORTS + 1):
+        found = definition(value)
+    except Exception:
+        found = None
+    if found is None:
+        return None, None
+    given = dict(zip(("name", "summary", "extends"), found.call.args, strict=False))
+    given |= {keyword.arg: keyword.value for keyword in found.call.keywords if keyword.arg}
+    return _text(given.get("summary")), _text(given.get("extends"))
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Where the call `Algorithm(...)` of an entry point is written."""
+
+    file: str
+    source: str
+    call: ast.Call
+
+
+def definition(value: str) -> Definition | None:
+    """The `Algorithm(...)` that an entry point leads to, found in the sources without importing them.
+
+    Names are followed through assignments, imports, submodules and classes; None where the sources do not show it.
+
+    Raises:
+        Exception: a source is odd in some way; it may be any file.
+    """
+    module, name = _split(value) or ("", "")
+    spec: Any = None
+    tree: Any = None
+    for _ in range(_STEPS):
+        if tree is None:
             spec = find_spec(module)
             if spec is None or spec.loader is None:
-                break
-            bound = _binding(_tree(spec), name)
-            if isinstance(bound, ast.Call) and ast.unparse(bound.func).rpartition(".")[2] == "Algorithm":
-                given = dict(zip(("name", "summary", "extends"), bound.args, strict=False))
-                given |= {keyword.arg: keyword.value for keyword in bound.keywords if keyword.arg}
-                return _text(given.get("summary")), _text(given.get("extends"))
-            if not isinstance(bound, ast.ImportFrom):
-                break
-            package = spec.name if spec.submodule_search_locations is not None else spec.parent
-            module = importlib.util.resolve_name("." * bound.level + (bound.module or ""), package)
-            name = next(alias.name for alias in bound.names if name == (alias.asname or alias.name))
-    # This is only for show, and any source file may come by: no oddity in one may stop the listing.
-    except Exception:
-        pass
-    return None, None
+                return None
+            source, whole = _tree(spec)
+            tree = whole
+        first, _, rest = name.partition(".")
+        match _binding(tree, first):
+            case ast.Call(func=function) as call if not rest and _makes_algorithm(function, whole):
+                return Definition(str(spec.origin), source, call)
+            case ast.ClassDef() as tree if rest:
+                name = rest
+            case ast.Name() | ast.Attribute() as other:
+                tree, name = whole, _dotted(ast.unparse(other), rest)
+            case ast.Import(names=aliases):
+                alias = next(each for each in aliases if first == _bound(each))
+                tree, module, name = None, alias.name if alias.asname else first, rest
+            case ast.ImportFrom(names=aliases, module=of, level=level):
+                alias = next(each for each in aliases if first == _bound(each))
+                package = spec.name if spec.submodule_search_locations is not None else spec.parent
+                origin = importlib.util.resolve_name("." * level + (of or ""), package)
+                submodule = f"{origin}.{alias.name}"
+                is_module = origin == module or (rest and find_spec(submodule))
+                tree, module, name = None, *((submodule, rest) if is_module else (origin, _dotted(alias.name, rest)))
+            case None if rest and find_spec(f"{module}.{first}"):
+                tree, module, name = None, f"{module}.{first}", rest
+            case _:
+                return None
+    return None
 
 
-_trees: dict[str, tuple[tuple[int, int], ast.Module]] = {}
+def _bound(alias: ast.alias) -> str:
+    """The name that an import binds."""
+    return alias.asname or alias.name.partition(".")[0]
 
 
-def _tree(spec: ModuleSpec) -> ast.Module:
-    """The source of a module, read again only when its file has changed: many algorithms may stand in one."""
+def _dotted(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def _makes_algorithm(function: ast.expr, tree: ast.Module) -> bool:
+    """Whether what is called is named `Algorithm`, or was where it was imported from."""
+    called = ast.unparse(function)
+    names = {called.rpartition(".")[2]}
+    if isinstance(imported := _binding(tree, called), ast.ImportFrom):
+        names |= {alias.name for alias in imported.names if _bound(alias) == called}
+    return "Algorithm" in names
+
+
+_trees: dict[str, tuple[tuple[int, int], str, ast.Module]] = {}
+
+
+def _tree(spec: ModuleSpec) -> tuple[str, ast.Module]:
+    """The source of a module, and its tree; read again only when its file has changed: it may hold many algorithms."""
     origin, version = str(spec.origin), (0, 0)
     if os.path.lexists(origin):
         found = os.stat(origin)
         version = (found.st_mtime_ns, found.st_size)
         if not _is_readable(origin):
-            return ast.Module([], [])  # a pipe, or too large to be looked at
+            return "", ast.Module([], [])  # a pipe, or too large to be looked at
     known = _trees.get(origin)
     if known is None or known[0] != version or version == (0, 0):
-        source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
+        source = spec.loader.get_source(spec.name) or ""  # type: ignore[union-attr]
         # Python warns of some spellings when it compiles them; that is for whoever imports the plugin.
         with warnings.catch_warnings(action="ignore"):
-            known = _trees[origin] = version, ast.parse(source)
-    return known[1]
+            known = _trees[origin] = version, source, ast.parse(source)
+    return known[1:]
 
 
 def find_spec(module: str) -> ModuleSpec | None:
@@ -460,9 +521,10 @@ def source_files(value: str) -> dict[str, Path]:
     return {file.relative_to(origin.parent).as_posix(): file for file in files}
 
 
-def _binding(tree: ast.Module, name: str) -> ast.expr | ast.ImportFrom | None:
-    """What gives a module's global `name` its value, looking also into blocks such as `if TYPE_CHECKING:`."""
-    statements = [inner for outer in tree.body for inner in (outer.body if isinstance(outer, ast.If) else [outer])]
+def _binding(tree: ast.Module | ast.ClassDef, name: str) -> ast.AST | None:
+    """What gives a name of a module or class its value, looking also into blocks such as `if TYPE_CHECKING:`."""
+    blocks = (ast.If, ast.Try)
+    statements = [inner for outer in tree.body for inner in (outer.body if isinstance(outer, blocks) else [outer])]
     for statement in reversed(statements):
         match statement:
             case ast.Assign(targets=targets, value=value):
@@ -470,7 +532,9 @@ def _binding(tree: ast.Module, name: str) -> ast.expr | ast.ImportFrom | None:
                     return value
             case ast.AnnAssign(target=ast.Name(id=target), value=value) if target == name:
                 return value
-            case ast.ImportFrom(names=aliases) if any(name == (alias.asname or alias.name) for alias in aliases):
+            case ast.ClassDef(name=target) if target == name:
+                return statement
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases) if name in map(_bound, aliases):
                 return statement
     return None
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import importlib_metadata
 from .. import install
 from ..errors import ConformanceError, ProjectError
 from ..options import fields_of, require
-from ..project import Project, check_installed, find_project
+from ..project import Project, find_project, from_source
 from ..promotion.conformance import FILE, MARKER, Report, read
 from .flags import read as read_value
 from .list import make_console, print_rows
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
         TRLCoreError: there is no such algorithm or project, or it has no conformance tests.
     """
     project = None if args.set or "+" in args.name else _project(args.name)
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        paths = stack.enter_context(from_source(project)) if project else []
         if project is None:
             source = _TEST.format(name=args.name, options=_options(args.name, args.set))
             tests = Path(scratch, "test_kit.py")
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             tests = project.folder / "tests" if (project.folder / "tests").is_dir() else project.folder
         found = Path(scratch, "report.json")
-        code = _pytest(tests, found, args.pytest)
+        code = _pytest(tests, found, args.pytest, paths)
         report = read(found) if found.is_file() else None
         if report is None or not report.subjects:
             name = f"{project.name}:{next(iter(project.algorithms), 'NAME')}" if project else args.name
@@ -83,13 +86,11 @@ def run(args: argparse.Namespace) -> int:
 def _project(name: str) -> Project | None:
     """The project that is named; None for an algorithm that is not installed from its folder."""
     try:
-        project = find_project(name)
+        return find_project(name)
     except ProjectError:
         if os.path.isdir(name):
             raise
         return None
-    check_installed(project)
-    return project
 
 
 def _options(name: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _options(name: str, settings: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _pytest(tests: Path, report: Path, options: Sequence[str]) -> int:
+def _pytest(tests: Path, report: Path, options: Sequence[str], paths: Sequence[str]) -> int:
     """Run the marked tests in a process of its own, in the folder above them, and return its exit code.
 
     Raises:
@@ -117,6 +118,7 @@ def _pytest(tests: Path, report: Path, options: Sequence[str]) -> int:
     if not importlib_metadata.entry_points(group="pytest11", name="trl_core"):
         command += ["-p", "trl_core.pytest_plugin"]  # an installation from before there was one
     environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))
     return subprocess.run(command, cwd=tests.parent, env=environment, check=False).returncode
 
 

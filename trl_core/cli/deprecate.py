@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from ..options import require
 from ..promotion import moves
 from ..stability import Stability
 from .demote import show_or_write
-from .promote import add_target, candidate_of
+from .promote import add_target, candidate_of, print_next
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +25,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         TRLCoreError: there is no such algorithm, or its removal comes too soon.
     """
-    candidate = candidate_of(args)
-    project = candidate.project
-    now, value = project.algorithm(candidate.name)
-    moves.check_removal(project, now, args.removal)
-    tagged = moves.moved(project, candidate.name, Stability.DEPRECATED)
-    source, text = moves.announced(value, args.removal, args.replacement)
-    show_or_write(source, text, args.apply)
-    show_or_write(project.file, tagged, args.apply)
+    with candidate_of(args) as candidate:
+        project, name = candidate.project, candidate.name
+        now, announcement = project.algorithm(name)[0], moves.Announcement(project, name)
+        require(
+            bool(args.replacement.strip()) and args.replacement not in (name, candidate.qualified),
+            f"--replacement {args.replacement!r} names nothing else to use.",
+            f"Name what takes the place of {name}.",
+        )
+        moves.check_removal(project, now, args.removal, announcement.removal)
+        texts = {announcement.file: announcement.text(removal=args.removal, replacement=args.replacement)}
+        if now is not Stability.DEPRECATED:
+            texts[project.file] = moves.moved(project, name, Stability.DEPRECATED)
+    show_or_write(texts, args.apply)
+    if args.apply:
+        print_next(candidate, Stability.DEPRECATED)
     return 0

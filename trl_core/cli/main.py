@@ -7,11 +7,14 @@ subcommand that is asked for is imported, so that `trl-core list` does not wait 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import ConfigError, TRLCoreError, printable
+from ..errors import ConfigError, OutputDirError, TRLCoreError, printable
 from ..names import did_you_mean
 from ..redaction import hide_error
 
@@ -32,43 +35,80 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl-core` with the given arguments (default: those of the process) and return the exit code.
 
-    The code is 2 where trl-core refuses something; what and how to mend it is then on stderr.
+    The code is 2 where trl-core refuses something; what and how to mend it is then on stderr. It is 130 after Ctrl-C,
+    and 141, as for any command in a pipe, if whoever reads the output goes away.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what cannot be shown there must not stop the command
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever a name or a text of somebody else's holds
+    try:
+        try:
+            return _run(arguments, asked)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what is not written yet would fail where nobody can catch it
+    except TRLCoreError as error:
+        for line in (f"trl-core: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())):
+            print(printable(line), file=sys.stderr)
+        return 2
+    except (BrokenPipeError, SystemExit) as error:
+        # rich makes SystemExit of a broken pipe.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        _silence()
+        return 141
+    except KeyboardInterrupt:
+        print("trl-core: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        hide_error(error)
+        if asked == "train" or error.errno is None:
+            raise
+        _silence()
+        what = f"{error.filename or 'The output'} cannot be read or written: {error.strerror}."
+        told = OutputDirError(what, mend="Look at its permissions and at the space that is left.")
+        print(f"trl-core: {type(told).__name__}: {told}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        hide_error(error)
+        raise
+
+
+def _run(arguments: list[str], asked: str | None) -> int:
     parser = argparse.ArgumentParser(prog="trl-core", description="Post-training of language models by plugins.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(metavar="COMMAND")
-    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         if name == asked:
             command = importlib.import_module(f".{name}", __package__)
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
-    try:
-        if asked is not None and asked not in COMMANDS:
-            what = f"There is no command {asked!r}.{did_you_mean(asked, COMMANDS)}"
-            raise ConfigError(what, mend="`trl-core --help` lists the commands.")
-        args = parser.parse_args(arguments)
-        if args.version:
-            from ..discovery import core_version
+    if asked is not None and asked not in COMMANDS:
+        what = f"There is no command {asked!r}.{did_you_mean(asked, COMMANDS)}"
+        raise ConfigError(what, mend="`trl-core --help` lists the commands.")
+    args = parser.parse_args(arguments)
+    if args.version:
+        from ..discovery import core_version
 
-            print(f"trl-core {core_version()}")
-            return 0
-        if asked is None:
-            parser.print_help(sys.stderr)
-            return 2
-        return int(args.run(args))
-    except TRLCoreError as error:
-        for line in (f"trl-core: {type(error).__name__}: {error}", *getattr(error, "__notes__", ())):
-            print(printable(line), file=sys.stderr)
+        print(f"trl-core {core_version()}")
+        return 0
+    if asked is None:
+        parser.print_help(sys.stderr)
         return 2
-    except Exception as error:
-        hide_error(error)
-        raise
+    return int(args.run(args))
+
+
+def _silence() -> None:
+    """Let the rest of the output go nowhere: Python writes it when it ends, and would complain once more."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

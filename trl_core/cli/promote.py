@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shlex
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
-from ..errors import PromotionError
+from ..errors import PromotionError, TRLCoreError
 from ..files import replace_text
-from ..project import check_installed, find_project
+from ..project import Project, find_project, from_source
 from ..promotion import moves, stabilisation
 from ..promotion.criteria import Candidate, Finding, findings, verdict
 from ..stability import Stability
@@ -24,21 +28,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_target(parser: argparse.ArgumentParser) -> None:
     """The options that name an algorithm of a project."""
-    parser.add_argument("name", metavar="NAME", help="algorithm")
-    parser.add_argument("--project", metavar="FOLDER", help="default: the folder it is installed from")
+    parser.add_argument("name", metavar="NAME", help="algorithm, or the folder or distribution of a single one")
+    where = "default: this folder if it registers the algorithm, else the one it is installed from"
+    parser.add_argument("--project", metavar="FOLDER", type=Path, help=where)
 
 
-def candidate_of(args: argparse.Namespace) -> Candidate:
-    """The algorithm that is named, with its project.
+@contextlib.contextmanager
+def candidate_of(args: argparse.Namespace) -> Iterator[Candidate]:
+    """The algorithm that is named, with its project, which is read from its folder while this is open.
 
     Raises:
-        TRLCoreError: there is none, or it is not installed from its folder.
+        TRLCoreError: there is none, or its modules are not in the folder.
     """
-    project = find_project(args.project or args.name)
-    candidate = Candidate(project, args.name.rpartition(":")[2])
-    project.algorithm(candidate.name)
-    check_installed(project)
-    return candidate
+    if args.project:
+        project = Project(args.project.resolve())
+    else:
+        project = _here(args.name) or find_project(args.name)
+    name = project.name if Path(args.name).is_dir() and not args.project else args.name
+    with from_source(project):
+        yield Candidate(project, project.named(name))
+
+
+def _here(name: str) -> Project | None:
+    """The project of the current folder, if it is one and has such an algorithm."""
+    try:
+        project = Project(Path.cwd())
+        project.named(name)
+    except TRLCoreError:
+        return None
+    return project
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         TRLCoreError: there is no such algorithm, or it cannot be promoted from where it is.
     """
-    candidate = candidate_of(args)
-    now = candidate.project.algorithm(candidate.name)[0]
-    found = findings(candidate)
+    with candidate_of(args) as candidate:
+        now = candidate.project.algorithm(candidate.name)[0]
+        found = findings(candidate)
+        report = stabilisation.text_of(candidate, found)
     if args.json:
         told = {"algorithm": candidate.qualified, "stability": now.value, "verdict": verdict(found)}
         print(json.dumps({**told, "criteria": [{**asdict(f), "met": f.met} for f in found]}, indent=2))
@@ -58,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json or args.apply:
         file = stabilisation.file_of(candidate)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(stabilisation.text_of(candidate, found), encoding="utf-8")
+        file.write_text(report, encoding="utf-8")
         if not args.json:
             print(f"Report: {file}")
     if args.apply:
@@ -87,5 +106,11 @@ def _apply(candidate: Candidate, now: Stability, found: list[Finding]) -> None:
         )
     project = candidate.project
     replace_text(project.file, moves.moved(project, candidate.name, Stability.STABLE))
-    print(f"{candidate.qualified} is stable now. What is left to do, so that metadata and contract say so too:")
-    print(f"  pip install -e {project.folder}\n  trl-core api record {project.folder}")
+    print_next(candidate, Stability.STABLE)
+
+
+def print_next(candidate: Candidate, tag: Stability) -> None:
+    """What remains once a line was moved."""
+    folder = shlex.quote(str(candidate.project.folder))
+    print(f"{candidate.qualified} is {tag.value} now. What is left to do, so that metadata and contract say so too:")
+    print(f"  pip install -e {folder}\n  trl-core api record {folder}")

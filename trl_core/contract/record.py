@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -11,7 +10,6 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from ..composition import Composition, Part, default_of
 from ..discovery import AlgorithmInfo, core_version
 from ..errors import ContractError, ProjectError
 from ..hookspecs import HookSpecs, hook_kinds
-from ..project import Project, is_core
+from ..project import Project, from_source, is_core
 from .compare import Change, additions, changes, deprecations, notices
 
 Record = dict[str, Any]
@@ -51,7 +49,7 @@ def record(project: Project) -> Record:
 
     if not project.algorithms:
         raise ProjectError(f"{project.file} registers no algorithm.", mend="Record a distribution that has one.")
-    with _importable(project.folder):
+    with from_source(project):
         algorithms = {name: _algorithm(project, name) for name in sorted(project.algorithms)}
         tops = {value.partition(":")[0].partition(".")[0] for _, value in project.algorithms.values()}
         api: dict[str, list[str]] = {}
@@ -68,18 +66,6 @@ def record(project: Project) -> Record:
     }
     deprecations(made)  # what cannot be read is better known now than at the next check
     return typing.cast(Record, json.loads(json.dumps(made)))
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """The sources of a project come first on the path, whether or not it is installed."""
-    before = list(sys.path)
-    sys.path[:0] = [str(folder), str(folder / "src")]
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _load(project: Project, value: str) -> Algorithm:
@@ -284,7 +270,7 @@ def minors_unchanged(project: Project, algorithm: str) -> tuple[int, str | None]
         AlgorithmNotFoundError: the project registers no such algorithm.
         ContractError, ProjectError: see `record` and `records`.
     """
-    with _importable(project.folder):
+    with from_source(project):
         options = json.loads(json.dumps(_algorithm(project, algorithm)["options"]))
     minors, since = set(), None
     for kept in reversed([each for each in records(project) if each["released"]]):

@@ -124,7 +124,7 @@ def criterion_releases(candidate: Candidate) -> Finding:
 
 
 def criterion_composition(candidate: Candidate) -> Finding:
-    """It is known what it composes with: the README's row names every algorithm of the same base."""
+    """It is known what it composes with: the README names those of its base that come with it or that it requires."""
     row = composition_row(candidate)
     shown = "; ".join(f"{name}: {'no, ' + why if why else 'yes'}" for name, why in row.items())
     text = sections(_readme(candidate)).get("Composition", "")
@@ -134,12 +134,16 @@ def criterion_composition(candidate: Candidate) -> Finding:
 
 
 def composition_row(candidate: Candidate) -> dict[str, str | None]:
-    """Every other usable algorithm of the same base, and why it does not compose with this one (None: it does)."""
+    """Algorithms of the same base, and why they do not compose with this one (None: they do).
+
+    Asked are its own distribution and those that it requires: what else is installed here says nothing about it.
+    """
     own = candidate.composition
+    near = {candidate.project.name, CORE, *candidate.project.required}
     ancestors = {part.info.qualified for part in own.parts}
     row: dict[str, str | None] = {}
     for info in list_algorithms():
-        if info.broken or info.qualified in ancestors:
+        if info.distribution not in near or info.broken or info.qualified in ancestors:
             continue
         try:
             other = compose(info.qualified, warn=False)
@@ -188,7 +192,9 @@ def _own_options(candidate: Candidate) -> list[str]:
 
 def criterion_owner(candidate: Candidate) -> Finding:
     """Somebody is named who mends it when it breaks."""
-    names = [str(one.get("name") or one.get("email")) for one in candidate.project.table.get("maintainers", []) if one]
+    listed = candidate.project.table.get("maintainers")
+    people = [one for one in listed if isinstance(one, dict) and one] if isinstance(listed, list) else []
+    names = [str(one.get("name") or one.get("email")) for one in people]
     missing = None if names else 'name one in pyproject.toml: maintainers = [{ name = "...", email = "..." }]'
     return Finding("owner", ", ".join(names) or "nobody is named", missing)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from ..discovery import GROUPS, find_spec
+from ..discovery import GROUPS, Definition, definition
 from ..errors import PromotionError
 from ..project import Project, needed
 from ..stability import Stability
@@ -29,7 +33,7 @@ def moved(project: Project, name: str, to: Stability) -> str:
     now, value = project.algorithm(name)
     if now is to:
         raise PromotionError(f"{name!r} of {project.name} is {to.value} already.", mend="Nothing needs to be done.")
-    text = project.file.read_text(encoding="utf-8")
+    text = project.file.read_bytes().decode()  # with its line ends
     document: Any = tomlkit.parse(text)
     old, new = (f"trl_core.{tag.value}" for tag in (now, to))
     points = document["project"]["entry-points"]
@@ -47,14 +51,25 @@ def moved(project: Project, name: str, to: Stability) -> str:
     return str(tomlkit.dumps(document))
 
 
-def check_removal(project: Project, stability: Stability, removal: str) -> None:
+def check_removal(project: Project, stability: Stability, removal: str, earlier: str | None = None) -> None:
     """That a removal is announced in time.
 
+    Args:
+        project: what registers the algorithm.
+        stability: its tag.
+        removal: the version that is to remove it.
+        earlier: the version that was to remove it, where it is deprecated already.
+
     Raises:
-        PromotionError: `removal` is no version, has passed, or comes too soon for a stable algorithm.
+        PromotionError: `removal` is no version, has passed, comes too soon, or before what was said earlier.
     """
     try:
-        now, then = Version(project.version), Version(removal)
+        now = Version(project.version)
+    except InvalidVersion as error:
+        what = f"{project.file} says no version that can be compared: {project.version!r}."
+        raise PromotionError(what, mend='Write version = "0.1.0".') from error
+    try:
+        then = Version(removal)
     except InvalidVersion as error:
         raise PromotionError(f"{error}.", mend="Give a version such as 0.4.") from error
     soonest = f"{now.major}.{now.minor + NOTICE}" if stability is Stability.STABLE else f"{now.major}.{now.minor + 1}"
@@ -65,74 +80,123 @@ def check_removal(project: Project, stability: Stability, removal: str) -> None:
         )
     if then <= now:
         raise PromotionError(f"{project.name} {project.version} is past {removal}.", mend=f"Give {soonest} or later.")
+    if stability is Stability.DEPRECATED and earlier and then < Version(earlier):
+        raise PromotionError(
+            f"Its removal was announced for {earlier}; {removal} is before that.", mend=f"Give {earlier} or later."
+        )
 
 
-def announced(value: str, removal: str, replacement: str) -> tuple[Path, str]:
-    """The file that defines an algorithm, and its text with `removal` and `replacement` in the `Algorithm(...)` call.
-
-    Args:
-        value: its entry point, `"module:object"`.
-        removal: version that removes it.
-        replacement: what to use instead.
+@dataclass(frozen=True)
+class Announcement:
+    """The call `Algorithm(...)` of an algorithm of a project, and what it says of its removal.
 
     Raises:
-        PromotionError: the call is not found in the module the entry point names.
-        ProjectError: libcst is not installed.
+        PromotionError: the call is not found in the sources of the project, or does not show its arguments.
     """
-    libcst = needed("libcst")
-    module, _, target = value.partition(":")
-    spec = find_spec(module.strip())
-    mend = f"Write removal={removal!r}, replacement={replacement!r} into its Algorithm(...) yourself."
-    if spec is None or spec.origin is None:
-        raise PromotionError(f"The module {module!r} is not found.", mend=mend)
-    file = Path(spec.origin)
-    call = _Announce(target.strip(), {"removal": removal, "replacement": replacement})
-    text = libcst.parse_module(file.read_text(encoding="utf-8")).visit(call.transformer()).code
-    if not call.found:
-        raise PromotionError(f"{file} does not define {target!r} as Algorithm(...).", mend=mend)
-    ast.parse(text)
-    return file, text
+
+    project: Project
+    name: str
+
+    @cached_property
+    def _found(self) -> Definition:
+        value = self.project.algorithm(self.name)[1]
+        mend = "Write removal=... and replacement=... into its Algorithm(...) yourself."
+        try:
+            found, why = definition(value), "the sources do not show it"
+        except Exception as error:
+            found, why = None, f"{type(error).__name__}: {error}"
+        if found is None:
+            raise PromotionError(f"The Algorithm(...) that {value!r} leads to is not found: {why}.", mend=mend)
+        if not Path(found.file).resolve().is_relative_to(self.project.folder.resolve()):
+            what = f"The Algorithm(...) of {value!r} is written in {found.file}, outside of {self.project.folder}."
+            raise PromotionError(what, mend="Deprecate it where it is written.")
+        shown = [keyword for keyword in found.call.keywords if keyword.arg]
+        if shown != found.call.keywords or not (shown or found.call.args):
+            what = f"{found.file}, line {found.call.lineno}: Algorithm(**...) does not show what is given."
+            raise PromotionError(what, mend=mend)
+        return found
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the call."""
+        return Path(self._found.file)
+
+    @property
+    def removal(self) -> str | None:
+        """The version that removes it, as far as it is written as a literal."""
+        given = {keyword.arg: keyword.value for keyword in self._found.call.keywords}.get("removal")
+        return given.value if isinstance(given, ast.Constant) and isinstance(given.value, str) else None
+
+    def text(self, **values: str | None) -> str:
+        """The text of the file with these keyword arguments in the call; those that are None are taken away.
+
+        Raises:
+            ProjectError: libcst is not installed.
+        """
+        cst, call = needed("libcst"), self._found.call
+        tree = cst.MetadataWrapper(cst.parse_module(self.file.read_bytes()), unsafe_skip_copy=True)
+        lines = self._found.source.split("\n")
+        places = ((call.lineno, call.col_offset), (call.end_lineno or 0, call.end_col_offset or 0))
+        # Python counts bytes, libcst characters.
+        ends = [(line, len(lines[line - 1].encode()[:column].decode())) for line, column in places]
+        for node, where in tree.resolve(needed("libcst.metadata").PositionProvider).items():
+            if isinstance(node, cst.Call) and [(end.line, end.column) for end in (where.start, where.end)] == ends:
+                text = str(tree.module.deep_replace(node, _with_arguments(node, values)).code)
+                ast.parse(text)
+                return text
+        raise AssertionError(f"libcst does not see the call in line {call.lineno} of {self.file}")
 
 
-class _Announce:
-    """Adds keyword arguments to `target = Algorithm(...)`, or replaces their values."""
+def _with_arguments(call: Any, values: Mapping[str, str | None]) -> Any:
+    import libcst as cst
 
-    def __init__(self, target: str, values: dict[str, str]) -> None:
-        self.target, self.values, self.found = target, values, False
+    last = call.args[-1]
+    kept = [arg for arg in call.args if not (arg.keyword and arg.keyword.value in values)]
+    # What stands between the first two arguments, a line break perhaps, stands before the new ones too.
+    one_space = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    between = _plain(call.args[0].comma) if len(call.args) > 1 else one_space
+    new = [
+        cst.Arg(
+            keyword=cst.Name(key),
+            value=cst.SimpleString(json.dumps(text, ensure_ascii=False)),
+            equal=cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace("")),
+            comma=between,
+        )
+        for key, text in values.items()
+        if text is not None
+    ]
+    args = [*kept, *new]
+    if last in kept[-1:] and new:
+        moved = last.with_changes(comma=_aligned(last.comma, between), whitespace_after_arg=cst.SimpleWhitespace(""))
+        args[len(kept) - 1] = moved
+    if args[-1] is not last:
+        closing = _aligned(_plain(last.comma) if new else args[-1].comma, last.comma)
+        args[-1] = args[-1].with_changes(comma=closing, whitespace_after_arg=last.whitespace_after_arg)
+    return call.with_changes(args=args)
 
-    def transformer(self) -> Any:
-        import libcst as cst
-        from libcst import matchers as m
 
-        outer = self
-        wanted = m.AssignTarget(m.Name(self.target))
-        call = m.Call(func=m.OneOf(m.Name("Algorithm"), m.Attribute(attr=m.Name("Algorithm"))))
+def _aligned(comma: Any, like: Any) -> Any:
+    """A comma, with its comment, that is followed by as much space as another one."""
+    if not (_breaks(comma) and _breaks(like)):
+        return like
+    space = like.whitespace_after
+    return comma.with_changes(
+        whitespace_after=comma.whitespace_after.with_changes(indent=space.indent, last_line=space.last_line)
+    )
 
-        class Visitor(cst.CSTTransformer):
-            def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
-                if not m.matches(updated_node, m.Assign(targets=[wanted], value=call)):
-                    return updated_node
-                outer.found = True
-                return updated_node.with_changes(value=outer.extended(updated_node.value))
 
-        return Visitor()
+def _breaks(comma: Any) -> bool:
+    """Whether a line ends after a comma."""
+    import libcst as cst
 
-    def extended(self, call: Any) -> Any:
-        import libcst as cst
+    return isinstance(comma, cst.Comma) and isinstance(comma.whitespace_after, cst.ParenthesizedWhitespace)
 
-        kept = [arg for arg in call.args if not (arg.keyword and arg.keyword.value in self.values)]
-        # What stands between the last two arguments, a line break perhaps, stands before the new ones too.
-        comma = next((arg.comma for arg in reversed(kept[:-1]) if arg.comma), None)
-        comma = comma if isinstance(comma, cst.Comma) else cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-        last, closing = kept[-1], kept[-1].comma
-        new = [
-            cst.Arg(
-                keyword=cst.Name(key),
-                value=cst.SimpleString(f'"{text}"'),
-                equal=cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace("")),
-                comma=comma,
-            )
-            for key, text in self.values.items()
-        ]
-        new[-1] = new[-1].with_changes(comma=closing)
-        return call.with_changes(args=[*kept[:-1], last.with_changes(comma=comma), *new])
+
+def _plain(comma: Any) -> Any:
+    """A comma without the comment behind it."""
+    import libcst as cst
+
+    if not _breaks(comma):
+        return comma
+    space = comma.whitespace_after.with_changes(first_line=cst.TrailingWhitespace(), empty_lines=[])
+    return comma.with_changes(whitespace_after=space)
