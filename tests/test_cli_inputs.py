@@ -224,14 +224,14 @@ def places(tmp_path, monkeypatch):
 
 
 WRONG = [
-    ("./nothere", "there is no folder './nothere'"),
-    ("../nothere", "there is no folder"),
-    ("nothere/", "there is no folder"),
-    ("a/b/c", "there is no folder 'a/b/c'"),
-    ("~/nothere", "there is no folder '~/nothere'"),
-    ("~/file", "is a file"),
-    ("~/empty", "has no config.json"),
-    ("{}/nothere", "there is no folder"),
+    ("./nothere", "'./nothere' cannot be loaded: there is no such folder"),
+    ("../nothere", "there is no such folder"),
+    ("nothere/", "there is no such folder"),
+    ("a/b/c", "'a/b/c' cannot be loaded: there is no such folder"),
+    ("~/nothere", "'~/nothere' cannot be loaded: there is no such folder"),
+    ("~/file", "it is a file"),
+    ("~/empty", "the folder has no config.json"),
+    ("{}/nothere", "there is no such folder"),
 ]
 
 

@@ -89,17 +89,18 @@ def require_source(given: str, what: str, *, inside: str = "", file: str = "conf
     Raises:
         ConfigError: no such folder, a file, a folder without a model, or no Hub id.
     """
-    path = os.path.expanduser(given)
-    mend = "Give a folder that has a config.json and weights, or a Hub id (owner/name) that can be reached."
+    path, wrong = os.path.expanduser(given), None
     if os.path.isdir(path):
         files = (file, "adapter_config.json")
         if file and not any(os.path.exists(os.path.join(path, inside, name)) for name in files):
-            raise ConfigError(f"{what}: the folder {given!r} has no {file}, so it holds no model.", mend=mend)
-        return path
-    if os.path.exists(path):
-        raise ConfigError(f"{what}: {given!r} is a file; expected the folder of a model.", mend=mend)
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", given):
+            wrong = f"the folder has no {file}"
+    elif os.path.exists(path):
+        wrong = "it is a file, not the folder of a model"
+    elif not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", given):
+        wrong = f"there is no such folder (looked up in {os.getcwd()!r}), and it is no Hub id"
+    if wrong:
         raise ConfigError(
-            f"{what}: there is no folder {given!r}, and it is no Hub id. It is looked up in {os.getcwd()!r}.", mend=mend
+            f"{what} {given!r} cannot be loaded: {wrong}.",
+            mend="Give a folder that has a config.json and weights, or a Hub id (owner/name) that can be reached.",
         )
-    return given
+    return path if os.path.isdir(path) else given
