@@ -30,8 +30,20 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `trl-core` with the given arguments (default: those of the process) and return the exit code.
 
-    The code is 2 where trl-core refuses something; what and how to mend it is then on stderr.
+    The code is 2 where trl-core refuses something; what and how to mend it is then on stderr. It is 130 after an
+    interrupt (Ctrl-C).
     """
+    try:
+        return _run(argv)
+    except TRLCoreError as error:
+        print(f"trl-core: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("trl-core: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="trl-core", description="Post-training of language models by plugins.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
@@ -44,19 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(arguments)
-    try:
-        if args.version:
-            from ..discovery import core_version
+    if args.version:
+        from ..discovery import core_version
 
-            print(f"trl-core {core_version()}")
-            return 0
-        if asked is None:
-            parser.print_help(sys.stderr)
-            return 2
-        return int(args.run(args))
-    except TRLCoreError as error:
-        print(f"trl-core: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"trl-core {core_version()}")
+        return 0
+    if asked is None:
+        parser.print_help(sys.stderr)
         return 2
+    return int(args.run(args))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,16 @@ import json
 import os
 import re
 import runpy
+import shlex
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RewardError
 from ..options import option, require
+from ..training.stopping import signals
 from .flags import Field, fields_of, groups_of, help_of, is_list, kinds, read
 
 
@@ -53,12 +55,16 @@ class RunOptions:
         None, "module:function or path/to/file.py:function that gives the text or the messages of a row."
     )
     peft: dict[str, Any] | None = option(None, "Options of peft.LoraConfig (JSON, or a mapping): train an adapter.")
-    resume: bool | str | None = option(None, "Checkpoint folder, or true for the newest complete one in output_dir.")
+    resume: bool | str | None = option(
+        None,
+        "Checkpoint folder, true for the newest complete one in output_dir, or auto for that one if there is any.",
+    )
     require: str | None = option(None, "Refuse algorithms less stable than this: stable or experimental.")
 
 
 _TRAINER_ARGUMENTS = {"reward_funcs", "ref_model", "formatting_func"}
 """Those that only some trainers take."""
+_ALIASES = {"resume_from_checkpoint": "resume", "overwrite": "overwrite_output_dir"}
 _MIXTURE = ("datasets", "streaming", "test_split_size", "stopping_strategy")
 
 
@@ -73,9 +79,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without a model, then train and save.
 
+    The exit code is 130 or 143 if SIGINT (Ctrl-C) or SIGTERM stopped it.
+
     Raises:
         TRLCoreError: something does not fit; see the message.
     """
+    with signals() as stop:
+        try:
+            _run(args)
+        except (KeyboardInterrupt, SystemExit):
+            if not stop.received:
+                raise
+        if stop.received and not stop.told:
+            print(f"trl-core: stopped by {stop.name} before the training began; nothing is saved.", file=sys.stderr)
+        return 128 + stop.received if stop.received else 0
+
+
+def _run(args: argparse.Namespace) -> None:
     from ..composition import compose
 
     composition = compose(args.name)
@@ -87,8 +107,7 @@ def run(args: argparse.Namespace) -> int:
     groups = {"run": [f for f in run_options if f.name not in _TRAINER_ARGUMENTS - taken], **groups}
     values = _settings(args.name, groups, args.options)
     compose(args.name, require=values.get("require"))
-    _train(composition, values, {name: value for name, value in values.items() if name in own})
-    return 0
+    _train(composition, values, {name: value for name, value in values.items() if name in own}, args)
 
 
 def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
@@ -102,7 +121,7 @@ def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> di
     values, mend = {}, f"See trl-core train {name} --help."
     for source, found in sources.items():
         for key, value in found.items():
-            key = "resume" if key == "resume_from_checkpoint" else key
+            key = _ALIASES.get(key, key)
             if key not in hints:
                 raise ConfigError(f"{source}: there is no option {key!r}.{_did_you_mean(key, hints)}", mend=mend)
             try:
@@ -134,6 +153,7 @@ def _spelt(word: str, known: Iterable[str]) -> str:
         return word
     flag, equals, value = word[2:].partition("=")
     flag = flag.replace("-", "_")
+    flag = _ALIASES.get(flag, f"no_{_ALIASES[flag[3:]]}" if flag[3:] in _ALIASES else flag)
     if flag.startswith("no_") and flag not in known:
         return f"--{flag[3:]}=false"
     return f"--{flag}{equals}{value}"
@@ -164,6 +184,9 @@ def _did_you_mean(word: Any, choices: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+_SECRET = re.compile(
+    r"--(?!eos|pad)[\w-]*(token|key|password|secret)\b|[\"'][\w-]*(token|key|password|secret)[\"']?\s*:", re.IGNORECASE
+)
 _run_file = functools.cache(runpy.run_path)
 
 
@@ -233,7 +256,24 @@ def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:
     return found["train"], found.get("test", evaluation)
 
 
-def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) -> None:
+def _resume_call(args: argparse.Namespace, checkpoint: bool | str) -> str:
+    """The command that goes on with a run from a checkpoint; what may be secret in it is left out."""
+    words = iter(args.options)
+    kept: list[str] = []
+    for word in words:
+        flag = _spelt(word, ()).removeprefix("--")
+        while flag and word.startswith("--") and flag.partition("=")[0] in ("resume", "overwrite_output_dir"):
+            word = next((word for word in words if word.startswith("--")), "")
+            flag = _spelt(word, ()).removeprefix("--")
+        hidden = _SECRET.search(word) or (kept and _SECRET.search(kept[-1]) and not word.startswith("--"))
+        kept += [word if not hidden or re.fullmatch(r"--[\w-]+", word) else "..."] if word else []
+    given = "true" if checkpoint is True else str(checkpoint)
+    return ("accelerate launch ... " if "TORCHELASTIC_RUN_ID" in os.environ else "") + shlex.join(
+        ["trl-core", "train", args.name, *kept, "--resume", given]
+    )
+
+
+def _train(composition: Any, values: dict[str, Any], options: dict[str, Any], args: argparse.Namespace) -> None:
     trainer_class = composition.trainer_class
     rewarded = "reward_funcs" in inspect.signature(trainer_class).parameters
     _check_data(values)
@@ -262,15 +302,26 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     except ValueError as error:
         raise ConfigError(f"The options do not fit: {error}", mend="Change the option that is named.") from error
 
-    endless = values.get("streaming") and config.max_steps < 1
+    endless = values.get("streaming") and config.max_steps < 0
     require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")
 
+    from ..training.folder import RunFolder
+
+    run = RunFolder(config.output_dir)
+    with run.held():
+        run.check(values.get("resume"), overwrite=config.overwrite_output_dir)
+        _train_in_folder(composition, values, config, extra, lambda given: _resume_call(args, given))
+
+
+def _train_in_folder(
+    composition: Any, values: dict[str, Any], config: Any, extra: dict[str, Any], resume_call: Callable[..., str]
+) -> None:
     from transformers import PrinterCallback, ProgressCallback
 
     from ..training.callbacks import JsonlMetricsCallback, StepLineCallback
 
     train_dataset, eval_dataset = _load_data(values)
-    trainer = trainer_class(
+    trainer = composition.trainer_class(
         model=values["model"],
         args=config,
         train_dataset=train_dataset,
@@ -283,11 +334,16 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     say = print if trainer.is_world_process_zero() else lambda _: None
     for part in composition.provenance():
         say("{algorithm} {version} ({stability}) of {distribution}".format(**part))
+    trainer.resume_call = resume_call
     try:
         trainer.train(resume_from_checkpoint=values.get("resume"))
     except RewardError as error:
         traceback.print_exception(error.__cause__)  # where in the user's code
         raise
-    trainer.save_model()
+    stop = signals()
+    stop.held = True  # the model is saved in any case
+    if not (trainer.nothing_left and trainer.run.record.get("model") == trainer.state.global_step):
+        trainer.save_model()
     say(f"model, tokenizer and card: {config.output_dir}\nmetrics: {os.path.join(config.output_dir, 'metrics.jsonl')}")
     trainer.accelerator.end_training()
+    stop.told = True

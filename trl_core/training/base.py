@@ -38,10 +38,11 @@ from ..models.logprobs import TokenScores, token_logps
 from ..models.parts import joined, parts_of, without_output
 from ..models.reference import ReferenceModel, mix_into
 from ..options import require
-from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
+from .callbacks import STEP_BEGUN, CarefulCallbacks
+from .checkpoints import CHECKPOINT_FILES
 from .loader import as_is
 from .metrics import Metrics
-from .stopping import STEP_BEGUN, CarefulCallbacks
+from .runs import RunTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class _Steps(TrainerCallback):
         self.trainer.after_step()
 
 
-class CoreTrainer(CheckpointedTrainer):
+class CoreTrainer(RunTrainer):
     """Base of the trainers; made concrete by a composition of algorithms (see `trl_core.get_trainer`).
 
     Args:
