@@ -302,7 +302,7 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any], ar
     except ValueError as error:
         raise ConfigError(f"The options do not fit: {error}", mend="Change the option that is named.") from error
 
-    endless = values.get("streaming") and config.max_steps < 0
+    endless = values.get("streaming") and config.max_steps < 1
     require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")
 
     from ..training.folder import RunFolder

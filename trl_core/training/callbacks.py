@@ -28,7 +28,6 @@ _PHASES = {
     "on_pre_optimizer_step": UPDATING,
     "on_step_end": STEP_ENDED,
     "on_epoch_end": EPOCH_ENDED,
-    "on_epoch_begin": STEP_ENDED,
 }
 _CAREFUL = {"on_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save", "on_epoch_end"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput
 
 from ..errors import OutputDirError, RewardError
 from .callbacks import OUTSIDE, STEP_ENDED
@@ -93,6 +93,7 @@ class RunTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         begun = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)  # else those of the checkpoint are kept
         done, owed = self.state.global_step, (self._resume or ("", {}))[1].get("owed", {})
         of = f"step {done} of {max_steps}"
         if self._resume:
@@ -144,25 +145,26 @@ class RunTrainer(CheckpointedTrainer):
         self._signals.held = True
         if grad_norm is not None:
             self._last_norm = grad_norm
-        why = self._asked_to_stop()
-        if (why or control.should_training_stop) and self.args.logging_strategy != IntervalStrategy.NO:
+        asked = self._asked_to_stop()
+        # At the end of an epoch its own logging and evaluation are still to come.
+        ends = self.callback_handler.phase == STEP_ENDED and self.state.epoch == epoch + 1
+        stop = asked and not ends
+        if (stop or control.should_training_stop) and self.args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
-        if why:
+        if asked:
             self.owes_evaluation |= control.should_evaluate
             control.should_evaluate = False
-            # At the end of an epoch its own logging and evaluation are still to come.
-            why = why and not (self.callback_handler.phase == STEP_ENDED and self.state.epoch == epoch + 1)
-            control.should_save |= why
+            control.should_save |= stop
         due = control.should_log or control.should_evaluate or control.should_save
         super()._maybe_log_save_evaluate(tr_loss, self._last_norm, *again, **kwargs)
-        if self._stale and self._saved_step == self.state.global_step and not why and self.args.should_save:
+        if self._stale and self._saved_step == self.state.global_step and not stop and self.args.should_save:
             for path in self._stale:
                 if path.exists() and step_of(path) != self._saved_step:
                     discard(path)
             self._stale = []
-        if why:
+        if stop:
             raise StopRun
-        if due and self._asked_to_stop():  # while it was logged, evaluated or saved
+        if due and not asked and self._asked_to_stop():  # while it was logged, evaluated or saved
             self._maybe_log_save_evaluate(tr_loss, grad_norm, *again, **kwargs)
 
     def _asked_to_stop(self) -> bool:
@@ -189,7 +191,7 @@ class RunTrainer(CheckpointedTrainer):
         """After the loop has ended early: save what was done, say how to go on, raise what stands for a stop."""
         stop, callbacks = self._signals, self.callback_handler
         asked, failure = isinstance(error, StopRun), callbacks.failure
-        begun = callbacks.phase != OUTSIDE or self._resume is not None
+        begun = self.state.global_step > 0 and (callbacks.phase != OUTSIDE or self._resume is not None)
         self._rescue()
         if stop.received:
             at = f"after step {self.state.global_step} of {self.state.max_steps}" if begun else "before the first step"
@@ -227,12 +229,6 @@ class RunTrainer(CheckpointedTrainer):
             say(text, error=error)
 
     # -- the end --------------------------------------------------------------------------------------------------
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """As in `transformers.Trainer`, also for max_steps=0 with a stream."""
-        if args.max_steps == 0 and not has_length(dataloader):  # of which the loop makes nothing
-            return 0, 1, 0, 0, self.get_total_train_batch_size(args), 0, 0
-        return super().set_initial_training_values(args, dataloader)
-
     def _finalize_training(self, *args: Any) -> Any:
         # The loop would delete all checkpoints but the best, whoever wrote them.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
