@@ -87,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
     with signals() as stop:
         try:
             _run(args)
-        except (KeyboardInterrupt, SystemExit):
-            if not stop.received:
+        except BaseException as error:
+            # A signal that acts at once may come as another error: who imports a plugin makes that of everything.
+            if not stop.at_once and not (stop.received and isinstance(error, KeyboardInterrupt | SystemExit)):
                 raise
         if stop.received and not stop.told:
             print(f"trl-core: stopped by {stop.name} before the training began; nothing is saved.", file=sys.stderr)
