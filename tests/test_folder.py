@@ -124,7 +124,7 @@ def test_resumed_run_says_where_it_goes_on(finished, tmp_path, capsys):
     shutil.copytree(finished[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     run(tmp_path).train(resume_from_checkpoint=True)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resuming")]
-    assert line == f"Resuming from {tmp_path}/checkpoint-3: step 3 of 4 is done, 1 steps are left."
+    assert line == f"Resuming from {tmp_path}/checkpoint-3 at step 3 of 4; steps left: 1."
 
 
 def test_auto_starts_afresh_only_where_there_is_no_checkpoint(tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_auto_starts_afresh_only_where_there_is_no_checkpoint(tmp_path, capsys):
     run(tmp_path, max_steps=2).train(resume_from_checkpoint="auto")
     assert "the run starts afresh" in capsys.readouterr().out
     run(tmp_path).train(resume_from_checkpoint="auto")
-    assert "step 2 of 4 is done, 2 steps are left" in capsys.readouterr().out
+    assert "at step 2 of 4; steps left: 2." in capsys.readouterr().out
     assert steps(tmp_path) == [1, 2, 3, 4]
 
 
@@ -147,6 +147,16 @@ def test_metrics_of_a_resumed_run_hold_each_step_once(tail, finished, done):
     first, *rest = (done / "metrics.jsonl").read_text().splitlines()
     assert first == "a note of mine"
     assert [line["step"] for line in map(json.loads, rest) if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_evaluation_before_the_training_stays_in_the_metrics(tmp_path):
+    trainer = make_trainer(
+        tmp_path, "SFT", {"callbacks": [JsonlMetricsCallback()], "eval_dataset": texts(4, 5)}, **{**RUN, "max_steps": 2}
+    )
+    trainer.evaluate()
+    trainer.train()
+    lines = helpers_cli.metrics(tmp_path)
+    assert [line["step"] for line in lines] == [0, 1, 2, 2] and "eval_loss" in lines[0]
 
 
 # -- another run in the folder ----------------------------------------------------------------------------------------

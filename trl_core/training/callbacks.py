@@ -43,11 +43,13 @@ class JsonlMetricsCallback(TrainerCallback):
         text = file.read_text(encoding="utf-8", errors="surrogateescape")
         lines = text.splitlines(keepends=True)
         found = [metrics_line(line) for line in lines]
+        # A new run keeps an evaluation of its start, but not that of an earlier one.
+        last = -1 if any(e["step"] > 0 for e in found if e) and state.global_step == 0 else state.global_step
         # What is no such line is somebody else's, unless it is the end of the file.
         kept = [
             line if line.endswith("\n") else f"{line}\n"
             for line, entry in zip(lines, found, strict=True)
-            if (0 < entry["step"] <= state.global_step if entry else line.endswith("\n"))
+            if (entry["step"] <= last if entry else line.endswith("\n"))
         ]
         if kept != lines:
             temporary = file.with_name(f".{file.name}.tmp")

@@ -112,7 +112,7 @@ class RunFolder:
         what = f"{', '.join(found[-1:])} of " if found else ""
         # What has ended and left nothing behind is in nobody's way.
         ended = not known or known.get("steps")
-        left = "model" in known or metrics.exists() or any(self.path.glob(COMPLETIONS))
+        left = "model" in known or _has_steps(metrics) or any(self.path.glob(COMPLETIONS))
         if (found or (ended and left)) and not overwrite:
             raise OutputDirError(f"output_dir={str(self.path)!r} holds {what}another run.", mend=_MEND)
 
@@ -222,3 +222,9 @@ def _is_ours(metrics: Path) -> bool:
             return all(metrics_line(line) for line in [*file][:-1])
     except (OSError, UnicodeError):
         return False
+
+
+def _has_steps(metrics: Path) -> bool:
+    """Whether a run has logged there, and not only an evaluation before it."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return any(line["step"] > 0 for line in map(metrics_line, lines) if line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -20,7 +21,8 @@ class StopRun(BaseException):
 
 def say(text: str, *, error: bool = False) -> None:
     """One line about the run, to people; the caller sees to it that one process says it."""
-    print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 class Signals:
