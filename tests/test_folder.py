@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -19,6 +20,7 @@ from . import helpers_cli
 from .helpers_offline import make_trainer, texts
 from .helpers_train import differences, end_state
 
+SLOW = pytest.mark.slow
 RUN = {
     "max_steps": 4,
     "train_sampling_strategy": "random",
@@ -63,7 +65,7 @@ def done(finished, tmp_path):
 
 
 # -- finished runs ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("resume", [True, "auto", "checkpoint-4"])
+@pytest.mark.parametrize("resume", [True, *(pytest.param(given, marks=SLOW) for given in ("auto", "checkpoint-4"))])
 def test_finished_run_is_left_as_it_is(resume, finished, done, capsys):
     before = seen(done)
     trainer = run(done, save_total_limit=1)
@@ -87,6 +89,7 @@ def test_finished_run_goes_on_with_more_steps(done, tmp_path):
     assert steps(done) == [1, 2, 3, 4, 5, 6, 7]
 
 
+@SLOW
 def test_finished_run_of_epochs_goes_on_with_more_of_them(tmp_path):
     run(tmp_path, max_steps=-1, num_train_epochs=1).train()
     assert run(tmp_path, max_steps=-1, num_train_epochs=1).train(resume_from_checkpoint=True).global_step == 2
@@ -102,6 +105,7 @@ def test_no_steps_train_nothing(options, tmp_path, capsys):
     assert not checkpoints(tmp_path) and "nothing is left to train" in capsys.readouterr().out
 
 
+@SLOW
 def test_final_model_is_the_best_one_also_when_the_finished_run_is_resumed(tmp_path):
     def made():
         options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
@@ -120,6 +124,7 @@ def test_final_model_is_the_best_one_also_when_the_finished_run_is_resumed(tmp_p
 
 
 # -- what a resumed run says and keeps --------------------------------------------------------------------------------
+@SLOW
 def test_resumed_run_says_where_it_goes_on(finished, tmp_path, capsys):
     shutil.copytree(finished[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     run(tmp_path).train(resume_from_checkpoint=True)
@@ -136,7 +141,9 @@ def test_auto_starts_afresh_only_where_there_is_no_checkpoint(tmp_path, capsys):
     assert steps(tmp_path) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step": 3, "loss": 1.0}'])
+@pytest.mark.parametrize(
+    "tail", ['{"step": 4, "lo', *(pytest.param(end, marks=SLOW) for end in ("", '{"step": 3, "loss": 1.0}'))]
+)
 def test_metrics_of_a_resumed_run_hold_each_step_once(tail, finished, done):
     # As if it had been killed after step 4 was logged, in the middle of a line perhaps.
     shutil.rmtree(done / "checkpoint-3")
@@ -149,6 +156,7 @@ def test_metrics_of_a_resumed_run_hold_each_step_once(tail, finished, done):
     assert [line["step"] for line in map(json.loads, rest) if "loss" in line] == [1, 2, 3, 4]
 
 
+@SLOW
 def test_evaluation_before_the_training_stays_in_the_metrics(tmp_path):
     trainer = make_trainer(
         tmp_path, "SFT", {"callbacks": [JsonlMetricsCallback()], "eval_dataset": texts(4, 5)}, **{**RUN, "max_steps": 2}
@@ -179,11 +187,13 @@ def test_overwriting_deletes_what_runs_left_and_nothing_else(done, finished):
     assert read_run(done)["run"] != before["run"]
 
 
+@SLOW
 def test_overwriting_does_not_touch_what_is_resumed(done):
     run(done, max_steps=5, overwrite_output_dir=True).train(resume_from_checkpoint=True)
     assert steps(done) == [1, 2, 3, 4, 5]
 
 
+@SLOW
 def test_folder_with_metrics_or_a_model_of_a_finished_run_is_another_ones_too(tmp_path):
     options = {"max_steps": 1, "save_strategy": "no"}
     run(tmp_path / "metrics", **options).train()
@@ -272,6 +282,7 @@ def other(done):
     process.wait()
 
 
+@SLOW
 def test_second_run_at_the_same_time_is_refused_until_the_first_is_gone(other, done):
     before = seen(done)
     for options, resume in (({}, True), ({"overwrite_output_dir": True}, None)):
@@ -283,6 +294,13 @@ def test_second_run_at_the_same_time_is_refused_until_the_first_is_gone(other, d
     run(done, max_steps=5).train(resume_from_checkpoint=True)
 
 
+def test_second_run_of_another_thread_is_refused_while_the_first_goes_on(tmp_path):
+    with ThreadPoolExecutor(1) as threads, RunFolder(tmp_path).held():
+        with pytest.raises(OutputDirError, match="Another run is training"):
+            threads.submit(_lockable, str(tmp_path)).result()
+        assert _lockable(str(tmp_path))  # the one that holds it may enter again
+
+
 def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(95, "Operation not supported")
@@ -292,6 +310,7 @@ def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
         run(tmp_path, max_steps=1).train()
 
 
+@SLOW
 def test_lock_is_let_go_when_the_training_ends_or_fails(tmp_path):
     trainer = run(tmp_path, max_steps=1)
     trainer.train()
@@ -319,7 +338,7 @@ def test_folders_that_the_run_did_not_write_are_neither_counted_nor_deleted(fini
     assert newest_complete(tmp_path).name == "checkpoint-4"
 
 
-@pytest.mark.parametrize(("step", "period"), [(2, 2), (4, 3)])
+@pytest.mark.parametrize(("step", "period"), [(4, 3), pytest.param(2, 2, marks=SLOW)])
 def test_name_that_is_taken_is_refused_before_training(step, period, tmp_path):
     taken = tmp_path / f"checkpoint-{step}"
     taken.mkdir()
@@ -332,6 +351,7 @@ def test_name_that_is_taken_is_refused_before_training(step, period, tmp_path):
     assert (taken / "mine.bin").read_text() == "mine"
 
 
+@SLOW
 def test_name_that_turns_out_to_be_taken_is_left_and_said(tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     run(tmp_path, save_strategy="epoch").train()
@@ -350,6 +370,7 @@ def test_checkpoint_that_was_complete_but_for_its_name_gets_it(done):
     assert not (done / PARTIAL).exists()
 
 
+@SLOW
 def test_nothing_is_warned_of_in_a_usual_run(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -15,6 +15,7 @@ from . import helpers_train
 from .helpers_offline import make_trainer, texts
 from .helpers_train import differences, end_state, reward
 
+SLOW = pytest.mark.slow
 # Two steps an epoch; the order, Adam and the schedule have a state of their own.
 RUN = {"max_steps": 6, "train_sampling_strategy": "random", "optim": "adamw_torch", "lr_scheduler_type": "linear"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
@@ -92,13 +93,18 @@ def resumed(folder, **options):
     ("number", "event", "at", "saved"),
     [
         (signal.SIGINT, "on_step_begin", 2, 3),
-        (signal.SIGTERM, "on_pre_optimizer_step", 3, 4),
-        (signal.SIGTERM, "on_optimizer_step", 1, 2),
-        (signal.SIGINT, "on_log", 3, 3),
         (signal.SIGTERM, "on_save", 3, 3),
-        (signal.SIGINT, "on_evaluate", 2, 2),
-        (signal.SIGINT, "on_epoch_begin", 4, 5),
-        (signal.SIGTERM, "on_step_end", 6, 6),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                (signal.SIGTERM, "on_pre_optimizer_step", 3, 4),
+                (signal.SIGTERM, "on_optimizer_step", 1, 2),
+                (signal.SIGINT, "on_log", 3, 3),
+                (signal.SIGINT, "on_evaluate", 2, 2),
+                (signal.SIGINT, "on_epoch_begin", 4, 5),
+                (signal.SIGTERM, "on_step_end", 6, 6),
+            )
+        ),
     ],
 )
 def test_signal_stops_at_the_end_of_the_step_and_the_run_goes_on_from_there(
@@ -185,7 +191,7 @@ def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path):
     assert differences(resumed(tmp_path, **options), whole(**options)) == []
 
 
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", [1, pytest.param(3, marks=SLOW)])
 def test_stop_at_the_end_of_an_epoch_loses_nothing_that_was_due_there(at, whole, tmp_path):
     options = {"eval_strategy": "epoch", "logging_strategy": "epoch"}
     trainer = run(tmp_path, At("on_step_begin", at, send(signal.SIGTERM)), **options)
@@ -207,6 +213,7 @@ def test_handler_of_the_program_stays_and_is_called(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+@SLOW
 def test_training_in_another_thread_leaves_the_signals_alone(tmp_path):
     before, found = signal.getsignal(signal.SIGINT), []
     trainer = run(tmp_path, At("on_step_begin", 1, lambda: found.append(signal.getsignal(signal.SIGINT))), max_steps=2)
@@ -230,6 +237,7 @@ def test_forked_child_ends_as_if_it_had_no_handler_of_ours(tmp_path):
     assert ended == [signal.SIGTERM]
 
 
+@SLOW
 def test_stop_of_a_run_that_keeps_only_models_says_that_it_cannot_go_on(tmp_path, capsys):
     trainer = run(tmp_path, At("on_step_begin", 1, send(signal.SIGTERM)), save_only_model=True)
     with pytest.raises(SystemExit):
@@ -241,15 +249,20 @@ def test_stop_of_a_run_that_keeps_only_models_says_that_it_cannot_go_on(tmp_path
 @pytest.mark.parametrize(
     ("event", "at", "saved"),
     [
-        ("on_step_begin", 3, 3),
-        ("on_pre_optimizer_step", 3, 3),
-        ("on_optimizer_step", 3, 4),
         ("on_step_end", 3, 3),
         ("on_log", 3, 3),
-        ("on_evaluate", 4, 4),
-        ("on_save", 3, 3),
-        ("on_epoch_end", 4, 4),
-        ("on_epoch_begin", 4, 4),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                ("on_step_begin", 3, 3),
+                ("on_pre_optimizer_step", 3, 3),
+                ("on_optimizer_step", 3, 4),
+                ("on_evaluate", 4, 4),
+                ("on_save", 3, 3),
+                ("on_epoch_end", 4, 4),
+                ("on_epoch_begin", 4, 4),
+            )
+        ),
     ],
 )
 def test_callback_that_fails_costs_no_step(event, at, saved, whole, tmp_path):
@@ -261,6 +274,7 @@ def test_callback_that_fails_costs_no_step(event, at, saved, whole, tmp_path):
     assert differences(resumed(tmp_path, **options), whole(**options)) == []
 
 
+@SLOW
 def test_keyboard_interrupt_from_a_callback_is_raised_after_the_checkpoint(tmp_path):
     def interrupt():
         raise KeyboardInterrupt
@@ -270,6 +284,7 @@ def test_keyboard_interrupt_from_a_callback_is_raised_after_the_checkpoint(tmp_p
     assert newest_complete(tmp_path).name == "checkpoint-3"
 
 
+@SLOW
 def test_keyboard_interrupt_from_a_reward_function_is_that_of_the_run(tmp_path):
     calls = []
 
@@ -321,6 +336,7 @@ def test_hook_after_the_step_that_failed_is_called_once_more_when_it_is_mended(t
     assert mended.state_of_run()["hooks"]["broken"]["seen"] == [1, 2, 3, 4, 5, 6]
 
 
+@SLOW
 def test_callback_that_removes_itself_at_the_end_of_a_step_is_removed(tmp_path):
     trainer = run(tmp_path, max_steps=2)
     once = At("on_step_end", 1, lambda: trainer.remove_callback(once))
@@ -351,10 +367,10 @@ def test_last_line_has_the_steps_that_were_not_logged_before(tmp_path):
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({"logging_steps": 3}, [3, 6]),
-        ({"logging_strategy": "no"}, []),
+        pytest.param({"logging_steps": 3}, [3, 6], marks=SLOW),
+        pytest.param({"logging_strategy": "no"}, [], marks=SLOW),
         ({"logging_strategy": "epoch", "max_steps": 5}, [2, 4, 5]),
-        ({"logging_steps": 4, "logging_first_step": True}, [1, 4, 6]),
+        pytest.param({"logging_steps": 4, "logging_first_step": True}, [1, 4, 6], marks=SLOW),
     ],
 )
 def test_steps_are_logged_once(options, steps, tmp_path):

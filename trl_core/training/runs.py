@@ -93,7 +93,8 @@ class RunTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
         begun = super()._init_training_state(max_steps, *args)
-        self.state.compute_steps(self.args, max_steps)  # else those of the checkpoint are kept
+        # Else those of the checkpoint would be kept.
+        self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
         done, owed = self.state.global_step, (self._resume or ("", {}))[1].get("owed", {})
         of = f"step {done} of {max_steps}"
         if self._resume:
