@@ -98,7 +98,7 @@ class DatasetError(TRLCoreError, ValueError):
 
 
 class OutputDirError(TRLCoreError, OSError):
-    """The output folder cannot be written."""
+    """The output folder cannot be written, or belongs to another run."""
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------

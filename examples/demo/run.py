@@ -86,6 +86,7 @@ def configure(options: argparse.Namespace, task: Task, folder: Path) -> GFPOConf
     """The options of the run."""
     return GFPOConfig(
         output_dir=str(folder),
+        overwrite_output_dir=True,  # the demo may be run again
         per_device_train_batch_size=options.prompts * options.num_generations,
         num_generations=options.num_generations,
         num_remains_in_group=options.keep,

@@ -46,6 +46,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `transformers.TrainingArguments` that follow from the command line, the same in all examples."""
     return {
         "output_dir": options.output,
+        "overwrite_output_dir": True,  # an example may be run again
         "num_train_epochs": options.epochs,
         "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": options.batch_size,

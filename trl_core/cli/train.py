@@ -12,18 +12,20 @@ import json
 import os
 import re
 import runpy
+import shlex
 import sys
 import traceback
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from .. import install
 from ..errors import ConfigError, RewardError
 from ..names import did_you_mean, require_source
 from ..options import Field, fields_of, help_of, kinds, option, require
-from ..redaction import hide_error, marked_in, remember
+from ..redaction import hide, hide_error, marked_in, remember
+from ..training.stopping import signals
 from .flags import groups_of, is_list, read
 
 
@@ -60,7 +62,10 @@ class RunOptions:
         None, "module:function or path/to/file.py:function that gives the text or the messages of a row."
     )
     peft: dict[str, Any] | None = option(None, "Options of peft.LoraConfig (JSON, or a mapping): train an adapter.")
-    resume: bool | str | None = option(None, "Checkpoint folder, or true for the newest complete one in output_dir.")
+    resume: bool | str | None = option(
+        None,
+        "Checkpoint folder, true for the newest complete one in output_dir, or auto for that one if there is any.",
+    )
     require: str | None = option(
         None, "Refuse algorithms less stable than this: stable or experimental.", choices=("stable", "experimental")
     )
@@ -68,6 +73,7 @@ class RunOptions:
 
 _TRAINER_ARGUMENTS = {"reward_funcs", "ref_model", "formatting_func"}
 """Those that only some trainers take."""
+_ALIASES = {"resume_from_checkpoint": "resume", "overwrite": "overwrite_output_dir"}
 _MIXTURE = ("datasets", "streaming", "test_split_size", "stopping_strategy")
 
 
@@ -82,9 +88,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without a model, then train and save.
 
+    The exit code is 130 or 143 if SIGINT (Ctrl-C) or SIGTERM stopped it.
+
     Raises:
         TRLCoreError: something does not fit; see the message.
     """
+    with signals() as stop:
+        try:
+            _run(args)
+        except BaseException as error:
+            # A signal that acts at once may come as another error: who imports a plugin makes that of everything.
+            if not stop.at_once and not (stop.received and isinstance(error, KeyboardInterrupt | SystemExit)):
+                raise
+        if stop.received and not stop.told:
+            print(f"trl-core: stopped by {stop.name} before the training began; nothing is saved.", file=sys.stderr)
+        return 128 + stop.received if stop.received else 0
+
+
+def _run(args: argparse.Namespace) -> None:
     from ..composition import compose
 
     composition = compose(args.name)
@@ -96,8 +117,7 @@ def run(args: argparse.Namespace) -> int:
     groups = {"run": [f for f in run_options if f.name not in _TRAINER_ARGUMENTS - taken], **groups}
     values = _settings(args.name, groups, args.options)
     compose(args.name, require=values.get("require"))
-    _train(composition, values, {name: value for name, value in values.items() if name in own})
-    return 0
+    _train(composition, values, {name: value for name, value in values.items() if name in own}, args)
 
 
 def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> dict[str, Any]:
@@ -119,7 +139,7 @@ def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> di
     for source, found in sources.items():
         remember(found, marked=marked_in(f for fields in groups.values() for f in fields))
         for key, value in found.items():
-            key = "resume" if key == "resume_from_checkpoint" else key
+            key = _ALIASES.get(key, key)
             if key not in hints:
                 raise ConfigError(f"{source}: there is no option {key!r}.{did_you_mean(key, hints)}", mend=mend)
             try:
@@ -163,6 +183,7 @@ def _spelt(word: str, known: Iterable[str]) -> str:
         return word
     flag, equals, value = word[2:].partition("=")
     flag = flag.replace("-", "_")
+    flag = _ALIASES.get(flag, f"no_{_ALIASES[flag[3:]]}" if flag[3:] in _ALIASES else flag)
     if flag.startswith("no_") and flag not in known:
         return f"--{flag[3:]}=false"
     return f"--{flag}{equals}{value}"
@@ -270,7 +291,22 @@ def _load_data(values: dict[str, Any]) -> tuple[Any, Any]:
     return found["train"], found.get("test", evaluation)
 
 
-def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) -> None:
+def _resume_call(args: argparse.Namespace, checkpoint: bool | str) -> str:
+    """The command that goes on with a run from a checkpoint; what is secret in it is hidden."""
+    words = iter(args.options)
+    kept: list[str] = []
+    for word in words:
+        flag = _spelt(word, ()).removeprefix("--")
+        while flag and word.startswith("--") and flag.partition("=")[0] in ("resume", "overwrite_output_dir"):
+            word = next((word for word in words if word.startswith("--")), "")
+            flag = _spelt(word, ()).removeprefix("--")
+        kept += [word] if word else []
+    given = "true" if checkpoint is True else str(checkpoint)
+    words = hide(shlex.join(["trl-core", "train", args.name, *kept, "--resume", given]))
+    return ("accelerate launch ... " if "TORCHELASTIC_RUN_ID" in os.environ else "") + words
+
+
+def _train(composition: Any, values: dict[str, Any], options: dict[str, Any], args: argparse.Namespace) -> None:
     from ..models.loading import check_model
 
     trainer_class = composition.trainer_class
@@ -303,12 +339,23 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     endless = values.get("streaming") and config.max_steps < 1
     require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")
 
+    from ..training.folder import RunFolder
+
+    run = RunFolder(config.output_dir)
+    with run.held():
+        run.check(values.get("resume"), overwrite=config.overwrite_output_dir)
+        _train_in_folder(composition, values, config, extra, lambda given: _resume_call(args, given))
+
+
+def _train_in_folder(
+    composition: Any, values: dict[str, Any], config: Any, extra: dict[str, Any], resume_call: Callable[..., str]
+) -> None:
     from transformers import PrinterCallback, ProgressCallback
 
     from ..training.callbacks import JsonlMetricsCallback, StepLineCallback
 
     train_dataset, eval_dataset = _load_data(values)
-    trainer = trainer_class(
+    trainer = composition.trainer_class(
         model=values["model"],
         args=config,
         train_dataset=train_dataset,
@@ -321,11 +368,16 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any]) ->
     say = print if trainer.is_world_process_zero() else lambda _: None
     for part in composition.provenance():
         say("{algorithm} {version} ({stability}) of {distribution}".format(**part))
+    trainer.resume_call = resume_call
     try:
         trainer.train(resume_from_checkpoint=values.get("resume"))
     except RewardError as error:
         traceback.print_exception(error.__cause__ and hide_error(error.__cause__))  # where in the user's code
         raise
-    trainer.save_model()
+    stop = signals()
+    stop.held = True  # the model is saved in any case
+    if not (trainer.nothing_left and trainer.run.record.get("model") == trainer.state.global_step):
+        trainer.save_model()
     say(f"model, tokenizer and card: {config.output_dir}\nmetrics: {os.path.join(config.output_dir, 'metrics.jsonl')}")
     trainer.accelerator.end_training()
+    stop.told = True

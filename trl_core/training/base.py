@@ -42,11 +42,12 @@ from ..options import check_options, require
 from ..redaction import remember
 from ..stages.aggregate import TokenMean
 from .arguments import check_arguments, check_names, given_arguments
+from .callbacks import STEP_BEGUN, CarefulCallbacks
 from .card import sources
-from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
+from .checkpoints import CHECKPOINT_FILES
 from .loader import as_is
 from .metrics import Metrics
-from .stopping import STEP_BEGUN, CarefulCallbacks
+from .runs import RunTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class _Steps(TrainerCallback):
         self.trainer.after_step()
 
 
-class CoreTrainer(CheckpointedTrainer):
+class CoreTrainer(RunTrainer):
     """Base of the trainers; made concrete by a composition of algorithms (see `trl_core.get_trainer`).
 
     Args:

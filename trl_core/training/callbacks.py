@@ -1,7 +1,8 @@
-"""Callbacks for people who watch a run."""
+"""Callbacks for people who watch a run, and how a trainer calls callbacks."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -10,8 +11,25 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from .folder import METRICS_FILE, metrics_line
+from .stopping import signals
+
+OUTSIDE, STEP_BEGUN, UPDATING, STEP_ENDED, EPOCH_ENDED = (
+    "outside",
+    "step begun",
+    "updating",
+    "step ended",
+    "epoch ended",
+)
+_PHASES = {
+    "on_step_begin": STEP_BEGUN,
+    "on_pre_optimizer_step": UPDATING,
+    "on_step_end": STEP_ENDED,
+    "on_epoch_end": EPOCH_ENDED,
+}
+_CAREFUL = {"on_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save", "on_epoch_end"}
 
 
 class JsonlMetricsCallback(TrainerCallback):
@@ -25,11 +43,13 @@ class JsonlMetricsCallback(TrainerCallback):
         text = file.read_text(encoding="utf-8", errors="surrogateescape")
         lines = text.splitlines(keepends=True)
         found = [metrics_line(line) for line in lines]
+        # A new run keeps an evaluation of its start, but not that of an earlier one.
+        last = -1 if any(e["step"] > 0 for e in found if e) and state.global_step == 0 else state.global_step
         # What is no such line is somebody else's, unless it is the end of the file.
         kept = [
             line if line.endswith("\n") else f"{line}\n"
             for line, entry in zip(lines, found, strict=True)
-            if (0 < entry["step"] <= state.global_step if entry else line.endswith("\n"))
+            if (entry["step"] <= last if entry else line.endswith("\n"))
         ]
         if kept != lines:
             temporary = file.with_name(f".{file.name}.tmp")
@@ -99,3 +119,48 @@ class StepLineCallback(TrainerCallback):
         if parts:
             # Through tqdm, so that a progress bar on the same terminal is not torn.
             tqdm.write(f"step {state.global_step:>4}/{state.max_steps}  " + "  ".join(parts))
+
+
+class CarefulCallbacks(CallbackHandler):
+    """Callbacks of which each has its turn at the end of a step, also after one that failed.
+
+    Attributes:
+        phase: how far the training loop has come.
+        careful: whether failures are kept; otherwise they are raised.
+        failure: the first one.
+        silent: whether no callback is called at all.
+    """
+
+    phase = OUTSIDE
+    careful = silent = False
+    failure: BaseException | None = None
+
+    @classmethod
+    def of(cls, handler: CallbackHandler) -> CarefulCallbacks:
+        """One with the callbacks of another handler."""
+        made = cls.__new__(cls)
+        vars(made).update(vars(handler))
+        return made
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Call a method of every callback."""
+        if self.silent:
+            return control
+        if self.careful and event in _CAREFUL:
+            for callback in list(self.callbacks):
+                alone = copy.copy(self)
+                alone.callbacks, alone.careful = [callback], False
+                try:
+                    control = alone.call_event(event, args, state, control, **kwargs)
+                except BaseException as error:
+                    self.keep(error)
+        else:
+            control = super().call_event(event, args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        self.phase = _PHASES.get(event, self.phase)
+        return control
+
+    def keep(self, error: BaseException) -> None:
+        """Keep a failure for the end of the step, unless it is a signal that stops at once."""
+        if signals().at_once:
+            raise error
+        self.failure = self.failure or error

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..discovery import core_version
 from ..errors import OutputDirError, TRLCoreError
-from .state import PARTIAL, RUN_FILE, STATE_FILE, all_checkpoints, discard, is_complete, read_run
+from .state import PARTIAL, RUN_FILE, STATE_FILE, all_checkpoints, checkpoints, discard, is_complete, read_run
 
 LOCK_FILE = ".trl_core.lock"
 METRICS_FILE = "metrics.jsonl"
@@ -112,9 +112,26 @@ class RunFolder:
         what = f"{', '.join(found[-1:])} of " if found else ""
         # What has ended and left nothing behind is in nobody's way.
         ended = not known or known.get("steps")
-        left = "model" in known or metrics.exists() or any(self.path.glob(COMPLETIONS))
+        left = "model" in known or _has_steps(metrics) or any(self.path.glob(COMPLETIONS))
         if (found or (ended and left)) and not overwrite:
             raise OutputDirError(f"output_dir={str(self.path)!r} holds {what}another run.", mend=_MEND)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from, be it damaged."""
+        return any(read_run(path) or (path / STATE_FILE).exists() for path in checkpoints(self.path))
+
+    def check(self, resume: bool | str | None, *, overwrite: bool) -> None:
+        """What `begin` will refuse, as far as it is known before anything is loaded.
+
+        Raises:
+            OutputDirError: as `refuse_another`.
+        """
+        elsewhere = isinstance(resume, str) and resume != "auto" and not self._holds(Path(resume))
+        if not resume or elsewhere or (resume == "auto" and not self.has_checkpoint()):
+            on_main(lambda: self.refuse_another(overwrite=overwrite))
+
+    def _holds(self, checkpoint: Path | None) -> bool:
+        return checkpoint is not None and checkpoint.resolve().parent == self.path.resolve()
 
     def begin(
         self, composition: str, *, checkpoint: Path | None = None, overwrite: bool = False, again: bool = False
@@ -126,7 +143,7 @@ class RunFolder:
         """
         known = read_run(self.path)
         theirs = read_run(checkpoint) if checkpoint else None
-        inside = checkpoint is not None and checkpoint.resolve().parent == self.path.resolve()
+        inside = self._holds(checkpoint)
         if inside and (known is None or theirs is None or theirs["run"] == known["run"]):
             self.record = known or theirs or self._new(composition)
         elif again and known is not None:
@@ -205,3 +222,9 @@ def _is_ours(metrics: Path) -> bool:
             return all(metrics_line(line) for line in [*file][:-1])
     except (OSError, UnicodeError):
         return False
+
+
+def _has_steps(metrics: Path) -> bool:
+    """Whether a run has logged there, and not only an evaluation before it."""
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    return any(line["step"] > 0 for line in map(metrics_line, lines) if line)

@@ -214,7 +214,7 @@ class RolloutSteps(CoreTrainer):
         return list(parts)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `CheckpointedTrainer.train`. No process of the reward functions is left afterwards."""
+        """Train; see `RunTrainer.train`. No process of the reward functions is left afterwards."""
         try:
             return super().train(*args, **kwargs)
         finally:
