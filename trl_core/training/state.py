@@ -197,7 +197,7 @@ def step_of(folder: Path, record: dict[str, Any]) -> int:
     """The optimizer steps done when the checkpoint was written, whatever the name of its folder says now."""
     if "step" not in record:
         with loading(folder, TRAINER_STATE_NAME):
-            return TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+            return int(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step)
     return int(record["step"])
 
 
