@@ -581,3 +581,16 @@ def test_window_without_rows_is_saved_and_resumed(tmp_path):
     resumed = trainer(3)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.window.used == 3 and resumed.window.samples.num_rows == 0
+
+
+@pytest.mark.slow
+def test_generation_batch_of_another_shape_is_dropped_and_said(tmp_path, caplog):
+    make_trainer(tmp_path, max_steps=2, beta=0.1).train()
+    trainer = make_trainer(tmp_path, max_steps=6, beta=0.1, steps_per_generation=2, resume_check="warn")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 6 and "generation batch of the checkpoint is dropped" in caplog.text
+    # A reference that the checkpoint does not hold cannot be made up.
+    make_trainer(tmp_path / "without", max_steps=1).train()
+    trainer = make_trainer(tmp_path, max_steps=2, beta=0.1, resume_check="warn")
+    with pytest.raises(CheckpointError, match=r"holds no reference\.safetensors"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-1"))
