@@ -268,7 +268,7 @@ def test_options_that_shape_no_mathematics_may_change(checkpoint, tmp_path):
 
 
 def test_every_truncated_or_missing_file_is_refused(checkpoint, tmp_path):
-    files = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()]
+    files = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file() and path.suffix != ".md"]
     assert {"model.safetensors", "optimizer.pt", "trl_core_state.json"} <= {str(name) for name in files}
     for name in files:
         for damage in ("cut", "gone"):
@@ -378,6 +378,9 @@ def test_run_with_mended_reward_equals_the_one_that_never_failed(how, shape, tmp
     function.release.set()
     assert newest_complete(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{step}"
     mended, _ = failing_run(tmp_path / "run", None, call, **options)
+    with pytest.raises(CheckpointError, match=rf"reward_funcs\[0\]\.how: '{how}' then, None now"):
+        mended.train(resume_from_checkpoint=True)
+    mended.args.resume_check = "warn"
     mended.train(resume_from_checkpoint=True)
     assert differences(end_state(mended), end_state(whole)) == []
 
@@ -430,7 +433,7 @@ def test_failure_in_evaluation_leaves_a_checkpoint(tmp_path):
     with pytest.raises(RewardError):
         broken.train()
     assert newest_complete(tmp_path / "run") == tmp_path / "run" / "checkpoint-6"
-    mended, _ = failing_run(tmp_path / "run", None, 0, trainer=evaluated, max_steps=8)
+    mended, _ = failing_run(tmp_path / "run", None, 0, trainer=evaluated, max_steps=8, resume_check="warn")
     mended.train(resume_from_checkpoint=True)
     assert differences(end_state(mended)["weights"], end_state(whole)["weights"]) == []
 
@@ -564,3 +567,16 @@ def test_window_without_rows_is_saved_and_resumed(tmp_path):
     resumed = trainer(3)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.window.used == 3 and resumed.window.samples.num_rows == 0
+
+
+@pytest.mark.slow
+def test_generation_batch_of_another_shape_is_dropped_and_said(tmp_path, caplog):
+    make_trainer(tmp_path, max_steps=2, beta=0.1).train()
+    trainer = make_trainer(tmp_path, max_steps=6, beta=0.1, steps_per_generation=2, resume_check="warn")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 6 and "generation batch of the checkpoint is dropped" in caplog.text
+    # A reference that the checkpoint does not hold cannot be made up.
+    make_trainer(tmp_path / "without", max_steps=1).train()
+    trainer = make_trainer(tmp_path, max_steps=2, beta=0.1, resume_check="warn")
+    with pytest.raises(CheckpointError, match=r"holds no reference\.safetensors"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-1"))

@@ -255,3 +255,34 @@ def test_weights_that_are_saved_under_other_names_are_resumed(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     other, same = resumed.model.state_dict(), whole.model.state_dict()
     assert [name for name, value in same.items() if not torch.equal(value, other[name])] == []
+
+
+def test_run_that_is_given_its_own_checkpoint_as_model_goes_on(saved, tmp_path, caplog):
+    given = {"model": str(saved), "processing_class": None}
+    made(tmp_path, given).train(resume_from_checkpoint=str(saved))
+    assert not [line for line in caplog.messages if "compared" in line or "other" in line]
+
+
+def test_given_optimizer_and_schedule_are_compared_and_act(tmp_path):
+    def run(folder, rate, decay=0.5, **options):
+        model = tiny_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
+        given = {"model": model, "optimizers": (optimizer, schedule)}
+        return made(tmp_path / folder, given, save_strategy="steps", save_steps=2, **options)
+
+    whole, again = run("whole", 1e-2), run("again", 1e-2)
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    again.train(resume_from_checkpoint=checkpoint)
+    assert all(map(torch.equal, whole.model.state_dict().values(), again.model.state_dict().values()))
+    for changed, told in (
+        ((2e-2,), r"groups\[0\]\.(initial_)?lr: 0\.01 then, 0\.02 now"),
+        ((1e-2, 0.9), r"gamma: 0\.5 then"),
+    ):
+        trainer = run("other", *changed)
+        with pytest.raises(CheckpointError, match=r"optimizers\[\d\]\..*" + told):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.args.resume_check = "warn"
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert rate(trainer) == pytest.approx(changed[0])  # it starts anew

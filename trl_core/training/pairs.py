@@ -206,6 +206,11 @@ class PairTrainer(_OnPairs):
         return pair_mean(losses, accumulation), scores.output
 
     # -- state ----------------------------------------------------------------------------------------------------
+    def _further_models(self) -> dict[str, nn.Module]:
+        """Without the reference that precomputed values take the place of."""
+        models = super()._further_models()
+        return {n: m for n, m in models.items() if n != "reference" or not self.args.precompute_ref_log_probs}
+
     def state_of_run(self) -> dict[str, Any]:
         """Also the reference's log-probabilities, where they were computed before training."""
         return super().state_of_run() | {"ref_logps": self.ref_logps}

@@ -196,17 +196,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not os.path.isdir(folder):  # asks nothing of names that no file can have
         raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.", mend=_MEND)
     try:
-        if not (folder / STATE_FILE).is_file():
-            raise FileNotFoundError(STATE_FILE)
-        record = json.loads((folder / STATE_FILE).read_text())
+        # Of a pipe nothing is read: that would wait for ever.
+        record = json.loads((folder / STATE_FILE).read_text()) if (folder / STATE_FILE).is_file() else None
         number = record.get("format", 1) if isinstance(record, dict) else 1
         later = type(number) is int and number > FORMAT
         files = {} if later else _files_of(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        files = None
+    if files is None:
         raise CheckpointError(
             f"The checkpoint {folder.name!r} is not complete or not from trl-core: {STATE_FILE} is missing or damaged.",
             mend=_MEND,
-        ) from error
+        )
     if later:
         raise CheckpointError(
             f"The checkpoint {folder.name!r} has format {number}, of a later version of trl-core; this one reads up "
@@ -219,25 +220,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if actual != size:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise CheckpointError(f"{name} of {folder.name!r} {found}; expected {size} bytes.", mend=_MEND)
-    return dict(record)
+    return dict(record or {})
 
 
-def _files_of(record: Any) -> dict[str, int]:
-    """The sizes of all files of a record; any error if it does not have the form of one, or was changed."""
+def _files_of(record: Any) -> dict[str, int] | None:
+    """The sizes of all files of a record; None, or any error, if it does not have the form of one, or was changed."""
     number = record.get("format", 1)
     files = {name: entry["size"] if number > 1 else entry for name, entry in record["files"].items()}
     kinds: dict[str, type] = {"composition": list, "options": dict, "state": dict}
-    if number > 1:
-        kinds |= {"step": int, "inputs": dict}
-        if record["checksum"] != _checksum(record):
-            raise ValueError("the checksum is another")
-    fits = all(isinstance(record[name], kind) for name, kind in kinds.items())
-    inside = all(not PurePath(name).is_absolute() and ".." not in PurePath(name).parts for name in files)
-    named = all(isinstance(part["algorithm"], str) for part in record["composition"])
-    sized = all(type(size) is int for size in (number, *files.values()))
-    if not (fits and inside and named and sized and {TENSOR_FILE, TRAINER_STATE_NAME} <= files.keys()):
-        raise ValueError("a part is of another form")
-    return files
+    kinds |= {"step": int, "inputs": dict} if number > 1 else {}
+    parts = (
+        number == 1 or record["checksum"] == _checksum(record),
+        all(isinstance(record[name], kind) for name, kind in kinds.items()),
+        all(isinstance(part["algorithm"], str) for part in record["composition"]),
+        all(type(size) is int for size in (number, *files.values())),
+        all(not PurePath(name).is_absolute() and ".." not in PurePath(name).parts for name in files),
+        {TENSOR_FILE, TRAINER_STATE_NAME} <= files.keys(),
+    )
+    return files if all(parts) else None
 
 
 def verify(folder: Path, record: dict[str, Any]) -> None:
