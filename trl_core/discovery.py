@@ -24,6 +24,7 @@ from importlib_metadata import PackageMetadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from . import install
 from .algorithm import Algorithm
 from .errors import AlgorithmNotFoundError, AmbiguousAlgorithmError, BrokenAlgorithmError, TRLCoreError
 from .stability import Stability
@@ -101,7 +102,7 @@ def core_version() -> str:
     except importlib_metadata.PackageNotFoundError:
         raise TRLCoreError(
             f"The distribution {CORE} is not installed, so its version and its own algorithms are unknown.",
-            mend="Install it; in a checkout: pip install -e .",
+            mend=f"Install it: {install.how(CORE)}.",
         ) from None
 
 

@@ -18,6 +18,7 @@ from urllib.request import url2pathname
 import importlib_metadata
 from packaging.utils import canonicalize_name
 
+from . import install
 from .discovery import CORE, GROUPS, find, find_spec
 from .errors import AlgorithmNotFoundError, ProjectError
 from .stability import Stability
@@ -164,7 +165,7 @@ def needed(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         what = f"{error.name} is not installed."
-        raise ProjectError(what, mend=f"pip install '{CORE}[authors]'") from error
+        raise ProjectError(what, mend=install.how(f"{CORE}[authors]")) from error
 
 
 def is_core(project: Project) -> bool:

@@ -1,6 +1,6 @@
-"""The demo: GFPO on a small chat model and arithmetic that can be checked, on a CPU in minutes.
+"""The demo: GFPO on a small chat model and sums that can be checked, on a CPU in minutes.
 
-    python examples/demo/run.py [--model FOLDER_OR_HUB_ID] [--task chain_sum] [--seed 0] [--steps 20]
+    python examples/demo/run.py [--model FOLDER_OR_HUB_ID] [--task sums] [--seed 0] [--steps 30]
 
 Uses the public API only. Leaves in the run folder: the last checkpoint, the trained model, `metrics.jsonl`,
 `completions/*.parquet`, `curves.png`, `before_after.json` and `summary.json`.
@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import time
+from functools import partial, update_wrapper
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib
 import torch
-from model import REPOSITORY, resolve_model
+from model import REPOSITORY, MissingWeightsError, resolve_model
 from rich.console import Console
 from rich.table import Table
-from task import DEFAULT_TASK, TASKS, correct, make_datasets
+from task import DEFAULT_TASK, MissingTaskError, Task, correct, find_task, make_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -35,63 +37,62 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 console = Console(highlight=False)
-MAX_NEW_TOKENS = 24
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train GFPO on a small model and a task with checkable answers.")
     parser.add_argument("--model", default="smollm2", help="'smollm2', a folder, or a Hub id")
-    parser.add_argument("--task", default=DEFAULT_TASK, choices=TASKS, help="which problems")
+    parser.add_argument("--task", default=DEFAULT_TASK, help="which problems: 'sums', or a data set of reasoning-gym")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
     parser.add_argument("--prompts", type=int, default=4, help="problems per step")
     parser.add_argument("--num_generations", type=int, default=8, help="completions per problem")
     parser.add_argument("--keep", type=int, default=4, help="completions of each group that are trained on")
     parser.add_argument("--filter", default="shortest", choices=("shortest", "token_efficiency"))
-    parser.add_argument("--learning_rate", type=float, default=2e-5)
-    parser.add_argument("--eval_size", type=int, default=40, help="held-out problems")
+    parser.add_argument("--learning_rate", type=float, default=3e-5)
+    parser.add_argument("--eval_size", type=int, default=48, help="held-out problems")
     parser.add_argument("--output", help="run folder; default runs/demo-<task>-seed<seed>")
     return parser.parse_args()
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, rows: Any, *, sample: bool) -> list[str]:
+def answer(model: Any, tokenizer: Any, rows: Any, task: Task, *, sample: bool) -> list[str]:
     """One completion per held-out problem."""
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in rows["prompt"]]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     batch = batch.to(model.device)
     model.eval()
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
-    output = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id, **options)
+    output = model.generate(**batch, max_new_tokens=task.max_new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
     return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def evaluate(model: Any, tokenizer: Any, rows: Any) -> dict[str, Any]:
+def evaluate(model: Any, tokenizer: Any, rows: Any, task: Task) -> dict[str, Any]:
     """Share of right answers on held-out problems, decoded greedily and sampled, and what was answered."""
     set_seed(2024)  # the same draws before and after
-    greedy, sampled = (answer(model, tokenizer, rows, sample=flag) for flag in (False, True))
+    greedy, sampled = (answer(model, tokenizer, rows, task, sample=flag) for flag in (False, True))
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in sampled]
     return {
-        "greedy_accuracy": sum(correct(greedy, rows["entry"])) / len(rows),
-        "sampled_accuracy": sum(correct(sampled, rows["entry"])) / len(rows),
+        "greedy_accuracy": sum(correct(greedy, rows["entry"], task)) / len(rows),
+        "sampled_accuracy": sum(correct(sampled, rows["entry"], task)) / len(rows),
         "sampled_tokens": sum(lengths) / len(rows),
         "greedy": greedy,
         "sampled": sampled,
     }
 
 
-def configure(options: argparse.Namespace, folder: Path) -> GFPOConfig:
+def configure(options: argparse.Namespace, task: Task, folder: Path) -> GFPOConfig:
     """The options of the run."""
     return GFPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=options.prompts * options.num_generations,
         num_generations=options.num_generations,
         num_remains_in_group=options.keep,
-        max_completion_length=MAX_NEW_TOKENS,
+        max_completion_length=task.max_new_tokens,
         max_steps=options.steps,
         learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
         weight_decay=0.0,
         gradient_checkpointing=False,
         seed=options.seed,
@@ -125,7 +126,7 @@ def draw_curves(folder: Path) -> None:
     plt.close(figure)
 
 
-def show(rows: Any, before: dict[str, Any], after: dict[str, Any], count: int = 8) -> None:
+def show(rows: Any, task: Task, before: dict[str, Any], after: dict[str, Any], count: int = 8) -> None:
     """A table of sampled completions before and after."""
     table = Table(title="Sampled completions on held-out problems", show_lines=True)
     for column in ("problem", "right answer", "before", "after"):
@@ -135,7 +136,7 @@ def show(rows: Any, before: dict[str, Any], after: dict[str, Any], count: int = 
         texts = []
         for result in (before, after):
             text = result["sampled"][i]
-            mark = "[green]right[/] " if correct([text], [rows["entry"][i]])[0] else "[red]wrong[/] "
+            mark = "[green]right[/] " if correct([text], [rows["entry"][i]], task)[0] else "[red]wrong[/] "
             texts.append(mark + text.strip().replace("[", "\\[").replace("\n", " "))
         table.add_row(problem.rpartition(":")[2].strip(), right, *texts)
     console.print(table)
@@ -144,24 +145,26 @@ def show(rows: Any, before: dict[str, Any], after: dict[str, Any], count: int = 
 def main() -> None:
     """Prepare, evaluate, train, evaluate, report."""
     options = parse()
+    task = find_task(options.task)
     folder = Path(options.output or REPOSITORY / "runs" / f"demo-{options.task}-seed{options.seed}")
+    if not options.output:  # what an earlier demo left
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
     started = time.perf_counter()
     console.rule("preparing")
     source = resolve_model(options.model)
     console.print(f"model {options.model}; task {options.task}; seed {options.seed}; {torch.get_num_threads()} threads")
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    train, held_out = make_datasets(options.task, seed=options.seed, eval_size=options.eval_size)
-    before = evaluate(model, tokenizer, held_out)
+    train, held_out = make_datasets(task, seed=options.seed, eval_size=options.eval_size)
+    before = evaluate(model, tokenizer, held_out, task)
     console.print(f"before: greedy {before['greedy_accuracy']:.2f}, sampled {before['sampled_accuracy']:.2f} right")
 
     console.rule("training")
     trainer = GFPOTrainer(
         model=model,
-        reward_funcs=correct,
-        args=configure(options, folder),
+        reward_funcs=update_wrapper(partial(correct, task=task), correct),
+        args=configure(options, task, folder),
         train_dataset=train,
         processing_class=tokenizer,
         group_filter_func=options.filter,
@@ -176,16 +179,16 @@ def main() -> None:
     trainer.save_model(str(folder / "model"))
 
     console.rule("after")
-    after = evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, held_out)
+    after = evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, held_out, task)
     draw_curves(folder)
-    show(held_out, before, after)
+    show(held_out, task, before, after)
     summary = {
         "options": {k: v for k, v in vars(options).items() if k != "output"},
         "before": {k: v for k, v in before.items() if isinstance(v, float)},
         "after": {k: v for k, v in after.items() if isinstance(v, float)},
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "reasoning-gym", "trl-core")},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl-core", "trl-gfpo")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {trainer.args.device}",
     }
     (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=1))
@@ -209,4 +212,7 @@ class QuietProgress(ProgressCallback):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (MissingTaskError, MissingWeightsError) as error:
+        sys.exit(f"{error}")

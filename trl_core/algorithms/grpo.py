@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import install
 from ..algorithm import Algorithm
 from ..batch import Rollouts, Samples
 from ..hookspecs import HookContext, hookimpl
@@ -135,8 +136,8 @@ class GRPO:
         require(
             level in levels,
             f"importance_sampling_level={level!r} is none of this trainer's: {', '.join(map(repr, levels))}.",
-            "Use one of these; for 'sequence_token' install trl-gspo and take its trainer: "
-            "from trl_gspo import GRPOTrainer.",
+            "Use one of these; for 'sequence_token' take the trainer of trl-gspo: from trl_gspo import GRPOTrainer; "
+            f"to install it: {install.how('trl-gspo')}.",
         )
         if level != "token" and self.args.loss_type not in ("grpo", "sapo", "luspo"):
             logger.warning(

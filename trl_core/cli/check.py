@@ -17,6 +17,7 @@ from typing import Any
 
 import importlib_metadata
 
+from .. import install
 from ..errors import ConfigError, ConformanceError, ProjectError
 from ..options import require
 from ..project import Project, check_installed, find_project
@@ -114,7 +115,7 @@ def _pytest(tests: Path, report: Path, options: Sequence[str]) -> int:
         ConformanceError: pytest is not installed.
     """
     if importlib.util.find_spec("pytest") is None:
-        raise ConformanceError("The conformance kit runs on pytest.", mend="pip install 'trl-core[authors]'")
+        raise ConformanceError("The conformance kit runs on pytest.", mend=install.how("trl-core[authors]"))
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-m", MARKER]
     command += [str(tests), f"--conformance-report={report}", *options]
     if not importlib_metadata.entry_points(group="pytest11", name="trl_core"):

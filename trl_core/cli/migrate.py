@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from .. import install
 from ..errors import TRLCoreError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if error.name != "libcst":
             raise
         raise TRLCoreError(
-            "trl-core migrate needs libcst, which is not installed.", mend="pip install 'trl-core[migrate]'"
+            "trl-core migrate needs libcst, which is not installed.", mend=install.how("trl-core[migrate]")
         ) from error
     outcomes = [files.migrate(file) for file in files.find(args.path)]
     if args.write:
@@ -81,8 +82,9 @@ def _print(outcomes: list[Outcome], written: bool, colour: bool) -> None:
         for place, finding in found:
             console.print(Text.assemble((f"{place}: ", "cyan"), f"{finding.name}: {finding.why}."))
             console.print(Text(f"    Instead: {finding.instead}."))
-    if install := to_install(outcomes):
-        console.print(Text(f"\nTo install: pip install {' '.join(install)}"))
+    if needed := to_install(outcomes):
+        ours = all(name.startswith("trl-") for name in needed)
+        console.print(Text(f"\nTo install: {install.how(*needed) if ours else install.from_index(*needed)}"))
     changed = sum(outcome.changed for outcome in outcomes)
     state = "rewritten" if written else "to be rewritten (--write does it)"
     console.print(Text(f"\n{len(outcomes)} files read, {changed} {state}."))

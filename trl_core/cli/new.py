@@ -12,6 +12,7 @@ from typing import Any
 import importlib_metadata
 from packaging.version import Version
 
+from .. import install
 from ..discovery import CORE, AlgorithmInfo, core_version, find, list_algorithms
 from ..errors import CompositionError
 from ..options import require
@@ -25,6 +26,11 @@ _SUMMARIES = {
     "alone": "Policy gradient with the mean of the other completions as baseline.",
 }
 _LONGEST_SUMMARY = 100
+# The repository of the plugin names the Git address of trl-core, while no index has it.
+_CORE_IN_CI = f"""\
+      - if: vars.TRL_CORE_GIT  # a variable of this repository: the Git address of trl-core, until it is published
+        run: {install.from_git(f"{CORE}[authors]").replace("GIT_ADDRESS", "${{ vars.TRL_CORE_GIT }}")}
+"""
 # No default of argparse, which would not see that it is also given.
 _BASE = "grpo"
 
@@ -59,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         "extends": (args.extends or _BASE).strip(),
         "author": _author(args.author),
         "dependencies": ", ".join(json.dumps(line) for line in _requirements(core, base)),
+        "install_core": install.how(f"{CORE}[authors]"),
+        "core_in_ci": "" if install.PUBLISHED else _CORE_IN_CI,
         "summary": _summary(args.summary or _SUMMARIES[shape].format(base=base.name if base else "")),
     }
     contents = render(shape, names, fields)

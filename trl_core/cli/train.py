@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import install
 from ..errors import ConfigError, RewardError
 from ..options import option, require
 from ..redaction import hide_error, marked_in, remember
@@ -209,7 +210,9 @@ def _adapter(settings: dict[str, Any], task: str) -> Any:
     try:
         return importlib.import_module("peft").LoraConfig(**{"task_type": task, **settings})
     except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"peft: {error}", mend="pip install 'trl-core[peft]'; give options of LoraConfig.") from error
+        missing = isinstance(error, ImportError)
+        mend = install.how("trl-core[peft]") if missing else "Give options of peft.LoraConfig that fit together."
+        raise ConfigError(f"peft: {error}", mend=mend) from error
 
 
 def _check_data(values: dict[str, Any]) -> None:

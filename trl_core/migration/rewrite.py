@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 from libcst.helpers import get_full_name_for_node
 
+from .. import install
 from . import names, options, ppo
 from .bindings import Binding, Script, Text, Use, read
 from .names import Home, Homeless, look_up
@@ -198,7 +199,7 @@ class _Plan:
         if known is None:
             why = f"{home.distribution} is not installed here, so options were not looked at"
             self._add(
-                use.line, home.name, Homeless(why, f"pip install {home.distribution}, and run this again"), "note"
+                use.line, home.name, Homeless(why, f"{install.how(home.distribution)}, and run this again"), "note"
             )
             return
         arguments = [argument for argument in use.call.args if not argument.star]

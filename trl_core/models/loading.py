@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_peft_available
 
+from .. import install
 from ..errors import ConfigError
 from ..redaction import hide_error, remember
 
@@ -242,7 +243,7 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool, new_
     if peft_config is None:
         return model
     if not is_peft_available():
-        raise ConfigError("`peft_config` is set but peft is not installed.", mend="pip install 'trl-core[peft]'")
+        raise ConfigError("`peft_config` is set but peft is not installed.", mend=install.how("trl-core[peft]"))
     if is_peft(model):
         raise ConfigError(
             "`peft_config` is set but the model already carries an adapter.",

@@ -43,6 +43,7 @@ from .card import sources
 from .checkpoints import CHECKPOINT_FILES, CheckpointedTrainer
 from .loader import as_is
 from .metrics import Metrics
+from .stopping import STEP_BEGUN, CarefulCallbacks
 
 logger = logging.getLogger(__name__)
 
@@ -74,20 +75,20 @@ class DefaultHooks:
 
 
 class _Steps(TrainerCallback):
-    """Relays the start of an optimizer step to the trainer and its end to the `after_step` hooks."""
+    """Relays the start of a run and of each optimizer step to the trainer, and its end to the `after_step` hooks."""
 
     def __init__(self, trainer: CoreTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.catch_up()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        reference = trainer.reference.module if trainer.reference is not None else None
-        trainer.forget_gradients()
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        trainer.hooks.call.after_step(step=state.global_step, policy=policy, reference=reference)
+        self.trainer.forget_gradients()
+        self.trainer.after_step()
 
 
 class CoreTrainer(CheckpointedTrainer):
@@ -166,6 +167,7 @@ class CoreTrainer(CheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.callback_handler = CarefulCallbacks.of(self.callback_handler)
         self.layouts = self._make_layouts(self.model)
         self._check_parts(args)
         # The aggregation already weights tokens for accumulation; the loop must not divide again.
@@ -193,6 +195,22 @@ class CoreTrainer(CheckpointedTrainer):
         callback = callback() if isinstance(callback, type) else callback
         self._take_part(callback)
         super().add_callback(callback)
+
+    def after_step(self, only: set[str] | None = None) -> None:
+        """Call the hooks `after_step`, those of the plugins `only` if given; one that fails is kept, and owed."""
+        policy = self.accelerator.unwrap_model(self.model)
+        reference = self.reference.module if self.reference is not None else None
+        manager, self.owed_hooks = self.hooks.manager, []
+        acting = [impl.plugin_name for impl in reversed(self.hooks.call.after_step.get_hookimpls())]
+        for name in acting:
+            if only is None or name in only:
+                others = [manager.get_plugin(other) for other in acting if other != name]
+                call = manager.subset_hook_caller("after_step", others)
+                try:
+                    call(step=self.state.global_step, policy=policy, reference=reference)
+                except BaseException as error:
+                    self.owed_hooks.append(name)
+                    self.callback_handler.keep(error)
 
     # -- checks ---------------------------------------------------------------------------------------------------
     def _checked_args(self, args: Any) -> Any:
@@ -449,10 +467,9 @@ class CoreTrainer(CheckpointedTrainer):
         start = time.perf_counter()
         for module in self.extra_models.values():
             module.train()
-        with self.rescued():
-            inputs = self._prepare_inputs(inputs)
-            update = time.perf_counter()
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        update = time.perf_counter()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         now = time.perf_counter()
         # Recorded per micro-batch, reported per optimizer step.
         self._record("time/update", (now - update) * self.current_gradient_accumulation_steps)
@@ -495,6 +512,7 @@ class CoreTrainer(CheckpointedTrainer):
             devices = [self.args.device] if self.args.device.type == "cuda" else []
             with torch.random.fork_rng(devices), self.evaluating():
                 for batch in dataloader:
+                    self.stop_if_asked()
                     rows += self._evaluate_batch(batch)
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.metrics.drain("eval").items()}
         finally:
@@ -506,10 +524,18 @@ class CoreTrainer(CheckpointedTrainer):
         raise NotImplementedError
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluation in the middle of a run; a failure in it stops the run after a checkpoint."""
+        """Evaluation in the middle of a run; what fails or is stopped in it is done again when the run is resumed."""
+        if self.nothing_left:
+            return {}
+        callbacks, lines = self.callback_handler, len(self.state.log_history)
         self.before_step()
-        with self.rescued():
+        phase, callbacks.phase, self.owes_evaluation = callbacks.phase, STEP_BEGUN, True
+        try:
             metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        except BaseException:
+            del self.state.log_history[lines:]
+            raise
+        callbacks.phase, self.owes_evaluation = phase, False
         return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:

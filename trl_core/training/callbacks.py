@@ -5,14 +5,36 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .folder import METRICS_FILE, metrics_line
+
 
 class JsonlMetricsCallback(TrainerCallback):
-    """Append every log line to `<output_dir>/metrics.jsonl`."""
+    """Append every log line to `<output_dir>/metrics.jsonl`; a resumed run drops those beyond its step."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop the lines of steps that are done once more, and a last one that was cut short."""
+        file = Path(str(args.output_dir)) / METRICS_FILE
+        if not state.is_world_process_zero or state.is_hyper_param_search or not file.exists():
+            return
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        lines = text.splitlines(keepends=True)
+        found = [metrics_line(line) for line in lines]
+        # What is no such line is somebody else's, unless it is the end of the file.
+        kept = [
+            line if line.endswith("\n") else f"{line}\n"
+            for line, entry in zip(lines, found, strict=True)
+            if (0 < entry["step"] <= state.global_step if entry else line.endswith("\n"))
+        ]
+        if kept != lines:
+            temporary = file.with_name(f".{file.name}.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8", errors="surrogateescape")
+            os.replace(temporary, file)
 
     def on_log(
         self,
@@ -27,7 +49,7 @@ class JsonlMetricsCallback(TrainerCallback):
             return
         folder = str(args.output_dir)
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
+        with open(os.path.join(folder, METRICS_FILE), "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 

@@ -61,6 +61,12 @@ class CoreConfig(TrainingArguments):
         "strict", "'strict' refuses to resume with other options than the checkpoint's, 'warn' warns.", resume=False
     )
 
+    overwrite_output_dir: bool = option(
+        False,
+        "Replace another run in output_dir: its checkpoints, metrics and completions are deleted; other files stay.",
+        resume=False,
+    )
+
     @property
     def uses_reference(self) -> bool:
         """Whether `reference_logps` is needed."""
@@ -96,6 +102,7 @@ class CoreConfig(TrainingArguments):
             f"max_tokens_per_forward={self.max_tokens_per_forward} is below 1.",
             "Give the tokens that fit into memory at a time, or None for no limit.",
         )
+        self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
         require_choice(self, "on_nonfinite_loss", ("stop", "skip"))
         require_choice(self, "resume_check", ("strict", "warn"))
         require(

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from ..errors import CheckpointError
 
 STATE_FILE = "trl_core_state.json"
 TENSOR_FILE = "trl_core_state.safetensors"
+RUN_FILE = "trl_core_run.json"
+"""Says whose a folder is; see `folder.RunFolder`."""
+PARTIAL = ".trl_core_partial"
+"""Folder beside checkpoints where they are written, and taken to be deleted, so that one of that name is whole."""
 _TENSOR_KEY = "__tensor__"
 
 
@@ -103,14 +109,31 @@ def read_state(folder: str | Path, record: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def read_run(folder: str | Path) -> dict[str, Any] | None:
+    """The record of the run that a folder or a checkpoint belongs to; None if there is none."""
+    try:
+        record = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("run"), str) else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that the name of a checkpoint says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def all_checkpoints(folder: str | Path) -> list[Path]:
+    """All `checkpoint-<step>` folders, oldest step first, complete or not, whoever wrote them."""
+    inside = Path(folder).iterdir() if Path(folder).is_dir() else []
+    found = [path for path in inside if path.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted(found, key=step_of)
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
-    """All `checkpoint-<step>` folders, oldest step first, complete or not."""
-    found = [
-        (int(match[1]), path)
-        for path in (Path(folder).iterdir() if Path(folder).is_dir() else [])
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    """Likewise, without those that are known to be of another run than the folder."""
+    run = read_run(folder)
+    return [p for p in all_checkpoints(folder) if run is None or (read_run(p) or run)["run"] == run["run"]]
 
 
 def newest_complete(folder: str | Path) -> Path | None:
@@ -127,21 +150,36 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest complete checkpoints beside `newest` beyond the limit, and with them every incomplete one.
+def publish(partial: Path, checkpoint: Path) -> None:
+    """Give a complete checkpoint its name, in the place of an earlier one of this run."""
+    if checkpoint.exists():
+        discard(checkpoint)
+    os.replace(partial, checkpoint)
 
-    Neither `newest` nor `best` is deleted.
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint so that no part of it is ever seen under its name."""
+    (checkpoint.parent / PARTIAL).mkdir(exist_ok=True)
+    aside = checkpoint.parent / PARTIAL / f"{checkpoint.name}-{uuid.uuid4().hex}"
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def rotate(newest: Path, limit: int | None, best: str | None, owned: Callable[[Path], bool]) -> None:
+    """Delete the oldest complete checkpoints of this run beyond the limit, and with them every damaged one of it.
+
+    Neither `newest` nor `best` is deleted, nor what this run did not write.
     """
     if not limit or limit < 1:
         return
     kept = {newest, Path(best or newest)}
-    others = [path for path in checkpoints(newest.parent) if path not in kept]
+    others = [path for path in checkpoints(newest.parent) if path not in kept and owned(path)]
     complete = [path for path in others if is_complete(path)]
     complete.sort(key=lambda path: (path / STATE_FILE).stat().st_mtime)
     surplus = complete[: max(len(complete) + len(kept) - limit, 0)]
     for path in others:
         if path not in complete or path in surplus:
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
 
 
 def check_origin(record: dict[str, Any], composition: list[dict[str, str]], options: dict[str, Any]) -> str | None:

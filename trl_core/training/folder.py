@@ -1,0 +1,207 @@
+"""A folder belongs to a run: who it is, that one process at a time trains in it, and what of it may be deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from ..discovery import core_version
+from ..errors import OutputDirError, TRLCoreError
+from .state import PARTIAL, RUN_FILE, STATE_FILE, all_checkpoints, discard, is_complete, read_run
+
+LOCK_FILE = ".trl_core.lock"
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS = "completions/part-*"
+_MEND = "Go on with it (resume_from_checkpoint=True; --resume true), take another output_dir, or replace it"
+_MEND += " (overwrite_output_dir=True; --overwrite)."
+_T = TypeVar("_T")
+
+
+def on_main(work: Callable[[], _T]) -> _T:
+    """What `work` gives in the main process, in all of them; what it raises there, all raise."""
+    answer: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = work()
+        except (TRLCoreError, OSError) as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    result: _T = answer[0]
+    return result
+
+
+class RunFolder:
+    """The folder of a run.
+
+    `trl_core_run.json` says whose it is, and a copy of it lies in each checkpoint. A checkpoint of this name without
+    that copy, or with that of another run, is never touched.
+
+    Attributes:
+        record: what the file says, or will say: `run`, an id; `composition`, `trl_core`, `started`; `from`, where the
+            run began with a checkpoint of another; `steps`, when it has ended; `model`, the step of the saved model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record: dict[str, Any] = {}
+        self._lock = FileLock(self.path / LOCK_FILE, is_singleton=True)
+
+    # -- one at a time --------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """While active, no other process trains in the folder. The thread that holds it may enter again.
+
+        Raises:
+            OutputDirError: another one does.
+        """
+        locked = on_main(self._acquire)
+        try:
+            yield
+        finally:
+            if locked and PartialState().is_main_process:
+                self._lock.release()
+
+    def _acquire(self) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputDirError(
+                f"Another run is training in output_dir={str(self.path)!r} at this moment.",
+                mend="Wait until it has ended, or take another output_dir.",
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            warnings.warn(
+                f"output_dir={str(self.path)!r} cannot be locked ({error}): see to it that no second run starts there.",
+                stacklevel=2,
+            )
+            return False
+        return True
+
+    # -- whose it is ----------------------------------------------------------------------------------------------
+    def refuse_another(self, *, overwrite: bool) -> None:
+        """Refuse a new run if there is one in the folder that may not be replaced.
+
+        A run that left neither a checkpoint nor a result, because it was killed before, may be.
+
+        Raises:
+            OutputDirError: there is one, or a `metrics.jsonl` that no run of this kind wrote.
+        """
+        known, metrics = read_run(self.path) or {}, self.path / METRICS_FILE
+        if not known and metrics.exists() and not _is_ours(metrics):
+            raise OutputDirError(
+                f"{METRICS_FILE} in output_dir={str(self.path)!r} was not written by trl-core.",
+                mend="Move it away, or take another output_dir.",
+            )
+        found = [path.name for path in all_checkpoints(self.path) if (path / STATE_FILE).exists()]
+        what = f"{', '.join(found[-1:])} of " if found else ""
+        # What has ended and left nothing behind is in nobody's way.
+        ended = not known or known.get("steps")
+        left = "model" in known or metrics.exists() or any(self.path.glob(COMPLETIONS))
+        if (found or (ended and left)) and not overwrite:
+            raise OutputDirError(f"output_dir={str(self.path)!r} holds {what}another run.", mend=_MEND)
+
+    def begin(
+        self, composition: str, *, checkpoint: Path | None = None, overwrite: bool = False, again: bool = False
+    ) -> dict[str, Any]:
+        """Make the folder this run's; `again` if the same trainer has trained in it before. Returns the record.
+
+        Raises:
+            OutputDirError: as `refuse_another`.
+        """
+        known = read_run(self.path)
+        theirs = read_run(checkpoint) if checkpoint else None
+        inside = checkpoint is not None and checkpoint.resolve().parent == self.path.resolve()
+        if inside and (known is None or theirs is None or theirs["run"] == known["run"]):
+            self.record = known or theirs or self._new(composition)
+        elif again and known is not None:
+            self.record = known
+        else:
+            self.refuse_another(overwrite=overwrite)
+            self.record = self._new(composition)
+            if theirs:
+                self.record["from"] = {"run": theirs["run"], "checkpoint": checkpoint.name if checkpoint else None}
+            if overwrite and not inside:
+                self.clear()
+        self.note()
+        return self.record
+
+    def _new(self, composition: str) -> dict[str, Any]:
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {"run": uuid.uuid4().hex, "composition": composition, "trl_core": core_version(), "started": started}
+
+    def note(self, **facts: Any) -> None:
+        """Add to the record, and write it if that changes it."""
+        self.record |= facts
+        if self.record != read_run(self.path):
+            write_run(self.path, self.record)
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is of this run; one that lost the record of its own is taken for that."""
+        theirs = read_run(checkpoint)
+        return theirs["run"] == self.record["run"] if theirs else (checkpoint / STATE_FILE).exists()
+
+    # -- what is left of earlier runs -----------------------------------------------------------------------------
+    def recover(self) -> None:
+        """Put checkpoints that were complete, but for their name, in their place; drop what was not."""
+        for path in all_checkpoints(self.path / PARTIAL):
+            if is_complete(path) and not (self.path / path.name).exists():
+                os.replace(path, self.path / path.name)
+        shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Delete what runs of this kind have left: checkpoints, metrics, completions, the record; nothing else."""
+        for path in all_checkpoints(self.path):
+            if read_run(path) or (path / STATE_FILE).exists():
+                discard(path)
+        written = [*self.path.glob(COMPLETIONS), *self.path.glob("nonfinite/step-*.json")]
+        if _is_ours(self.path / METRICS_FILE):
+            written.append(self.path / METRICS_FILE)
+        for file in [*written, self.path / RUN_FILE]:
+            file.unlink(missing_ok=True)
+
+
+def write_run(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run into its folder, or into a checkpoint of it."""
+    handle, name = tempfile.mkstemp(prefix=f".{RUN_FILE}.", dir=folder)
+    with open(handle, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+    os.chmod(name, 0o666 & ~_umask())
+    os.replace(name, folder / RUN_FILE)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+def metrics_line(line: str) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl` as it was written, or None if it is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def _is_ours(metrics: Path) -> bool:
+    try:
+        with open(metrics, encoding="utf-8") as file:
+            return all(metrics_line(line) for line in [*file][:-1])
+    except (OSError, UnicodeError):
+        return False
