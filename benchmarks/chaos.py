@@ -96,6 +96,8 @@ class Job:
     moment: str
     number: int
     kills: int = 0
+    resumed: bool = False
+    """Whether there was a checkpoint to go on from."""
     differs: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -151,17 +153,19 @@ class Child:
         os.read(self.ready, 1)
         self.started = time.monotonic()
 
-    def code(self, timeout: float = LONGEST) -> int | None:
-        """The exit code; minus the signal that killed it; None if it has not ended in time."""
+    def code(self, timeout: float = LONGEST, files: int | None = None) -> int | None:
+        """The exit code; minus the signal that killed it; None if it has not ended in time, or before these `files`."""
         end = time.monotonic() + timeout
         while True:
+            if files is not None and self.files >= files:
+                return None
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 os.close(self.ready)
                 return os.waitstatus_to_exitcode(status)
             if time.monotonic() >= end:
                 return None
-            time.sleep(0.002)
+            time.sleep(0.001)
 
     def end(self) -> int:
         """The exit code of a process that is about to end.
@@ -284,8 +288,9 @@ class Chaos:
         try:
             if job.moment == "finished":
                 shutil.copytree(self.folder / "whole", folder)
-            for moment in self._kills(job, chance):
-                self._kill(job, folder, *moment)
+            for how, when in self._kills(job, chance):
+                self._kill(job, folder, how, when, chance.random())
+            job.resumed = any(folder.glob("checkpoint-*"))
             last = self._start(folder)
             last.wait_until_ready()
             code = last.end()
@@ -310,7 +315,7 @@ class Chaos:
         if job.moment == "any time":
             yield "after", chance.random()
         elif job.moment == "a file":
-            yield "file", chance.uniform(0, 1)
+            yield "file", chance.random()
         elif job.moment == "the end":
             yield chance.choice(["after", "file"]), chance.uniform(0.88, 1)
         elif job.moment == "resumed":
@@ -319,17 +324,21 @@ class Chaos:
         elif job.moment in ("SIGTERM", "SIGINT"):
             yield job.moment, chance.uniform(0.05, 0.9)
 
-    def _kill(self, job: Job, folder: Path, how: str, when: float) -> None:
-        """Kill the run at a part of its length; earlier if it has ended by then."""
+    def _kill(self, job: Job, folder: Path, how: str, when: float, lag: float) -> None:
+        """Kill the run at a part of its length and a part of a step later; earlier if it has ended by then."""
         before = folder.with_name(f"{folder.name}-before")
         if folder.exists():
             shutil.copytree(folder, before)
         for _ in range(8):
             child = self._start(folder, kill_at=max(round(when * self.files), 1) if how == "file" else None)
             child.wait_until_ready()
-            code = None if how == "file" else child.code(when * self.seconds)
-            if code is None and how != "file":
-                os.kill(child.pid, signal.SIGKILL if how == "after" else signal.Signals[how])
+            code = None
+            if how != "file":
+                # Told by progress, and then up to a step later, it does not matter how busy the machine is.
+                code = child.code(files=round(when * self.files))
+                code = child.code(lag * self.seconds / STEPS) if code is None else code
+                if code is None:
+                    os.kill(child.pid, signal.SIGKILL if how == "after" else signal.Signals[how])
             code = child.end() if code is None else code
             stopped = (130, 143, -signal.SIGTERM, -signal.SIGINT) if how.startswith("SIG") else ()
             if code in (-signal.SIGKILL, *stopped):
@@ -340,7 +349,7 @@ class Chaos:
                 raise RuntimeError(
                     f"a run ended with {code} where it was to be killed:\n{child.log.read_text()[-3000:]}"
                 )
-            when *= 0.7
+            when, lag = 0.7 * when, 0.0
             shutil.rmtree(folder)
             if before.exists():
                 shutil.copytree(before, folder)
@@ -376,8 +385,8 @@ def work(jobs: list[Job], folder: Path, seed: int, fault: str | None, results: P
 
 
 def report(jobs: list[Job]) -> str:
-    """A table: how often each algorithm was killed, when, and how many runs ended as the one left alone."""
-    lines = [f"{'algorithm':<24}{'kills':>6}{'equal':>12}  moments"]
+    """A table: how often each algorithm was killed, when, how many runs had a checkpoint then, and how many are equal."""
+    lines = [f"{'algorithm':<24}{'kills':>6}{'resumed':>9}{'equal':>12}  moments"]
     for subject in dict.fromkeys(job.subject for job in jobs):
         own = [job for job in jobs if job.subject == subject]
         lines.append(_line(subject, own))
@@ -388,7 +397,8 @@ def _line(name: str, jobs: list[Job]) -> str:
     moments = Counter(job.moment for job in jobs)
     told = ", ".join(f"{moments[moment]} {moment}" for moment in MOMENTS if moments[moment])
     equal = sum(not (job.differs or job.error) for job in jobs)
-    return f"{name:<24}{sum(job.kills for job in jobs):>6}{equal:>5} of {len(jobs):>3}  {told}"
+    kills, resumed = (sum(getattr(job, name) for job in jobs) for name in ("kills", "resumed"))
+    return f"{name:<24}{kills:>6}{resumed:>9}{equal:>5} of {len(jobs):>3}  {told}"
 
 
 def main(argv: list[str] | None = None) -> int:

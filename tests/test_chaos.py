@@ -40,8 +40,8 @@ def test_killed_runs_end_as_the_one_left_alone(tmp_path):
     code, said = chaos_of(tmp_path, "--short")
     assert code == 0, said
     (total,) = [line.split() for line in said.splitlines() if line.startswith("all ")]
-    kills, equal, of = int(total[1]), int(total[2]), int(total[4])
-    assert (kills >= 20, equal) == (True, of)
+    kills, resumed, equal, of = int(total[1]), int(total[2]), int(total[3]), int(total[5])
+    assert (kills >= 20, resumed > 20, equal) == (True, True, of)
     for name in ("sft", "reward", "dpo", "bema", "grpo", "gfpo", "gspo", "gspo_token", "replay", "ppo"):
         assert any(line.split()[0] == name for line in said.splitlines()), f"{name} was not killed"
 

@@ -46,7 +46,7 @@ def option(
         "resume": resume,
         "deprecated": deprecated,
     }
-    return field(default=default, metadata=metadata)
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def require(condition: bool, what: str, mend: str) -> None:
