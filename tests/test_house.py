@@ -36,7 +36,7 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 _CONTRACT = {"redaction", "errors", "install", "names", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "install", "algorithm", "stability", "discovery"}
 _COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "answers", "composition"}
-_AUTHORS = {"files", "markdown", "project", "scaffold", "migration", "contract", "promotion"}
+_AUTHORS = {"files", "project", "scaffold", "migration", "contract", "promotion"}
 TOOLS = _AUTHORS | {"cli", "testing", "pytest_plugin"}
 MAY_IMPORT = {
     "redaction": set(),
@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "answers": _CONTRACT | {"stages"},
     "composition": _COMPOSED,
     "data": {"errors", "options"},
-    "training": _COMPOSED | {"data"},
+    "training": _COMPOSED | {"data", "markdown"},
     "algorithms": _CONTRACT | {"trl_core", "algorithm", "stages", "models", "data", "training"},
     "testing": _COMPOSED | {"trl_core", "data", "training"},
     # For authors and for those who come from TRL; no run imports them.
@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "migration": {"errors", "install", "files", "markdown"},
     "contract": _COMPOSED | {"project", "trl_core"},
     "promotion": _COMPOSED | {"project", "contract", "testing", "markdown"},
-    "cli": _COMPOSED | {"trl_core", "data", "training", "testing", *_AUTHORS},
+    "cli": _COMPOSED | {"trl_core", "data", "training", "testing", "markdown", *_AUTHORS},
 }
 
 

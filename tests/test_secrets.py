@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 
-from trl_core import get_config
+from trl_core import get_config, option
 from trl_core.cli.main import main
 from trl_core.errors import CheckpointError, ConfigError
 from trl_core.redaction import hide, hide_error, redacted, remember
@@ -166,6 +166,13 @@ def test_copies_of_a_config_keep_the_real_value(guarded, tmp_path):
     config = get_config(guarded)(output_dir=str(tmp_path), use_cpu=True, **options)
     for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
         assert {name: getattr(same, name) for name in options} == options
+
+
+def test_a_dataclass_of_options_does_not_show_what_is_marked():
+    made = dataclasses.make_dataclass(
+        "Own", [("door", str, option("front", "x", secret=True)), ("a", int, option(1, "y"))]
+    )
+    assert repr(made()) == "Own(a=1)"
 
 
 # -- on the command line ----------------------------------------------------------------------------------------------

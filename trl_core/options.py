@@ -76,8 +76,10 @@ def option(
         "deprecated": deprecated,
     }
     if default.__hash__ is None:
-        return dataclasses.field(default_factory=functools.partial(copy.deepcopy, default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(
+            default_factory=functools.partial(copy.deepcopy, default), repr=not secret, metadata=metadata
+        )
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from .state import PARTIAL, RUN_FILE, STATE_FILE, all_checkpoints, checkpoints, 
 
 LOCK_FILE = ".trl_core.lock"
 METRICS_FILE = "metrics.jsonl"
-COMPLETIONS = "completions/completions*.parquet"
+COMPLETIONS = "completions/part-*"
 _MEND = "Go on with it (resume_from_checkpoint=True; --resume true), take another output_dir, or replace it"
 _MEND += " (overwrite_output_dir=True; --overwrite)."
 _T = TypeVar("_T")

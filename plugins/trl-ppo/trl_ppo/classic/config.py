@@ -46,7 +46,9 @@ class PPOConfig:
     remove_unused_columns: bool = option(True, "Give the collator only columns that the model takes, query, response.")
     log_with: Any = option(None, "Trackers of accelerate for log_stats(), such as 'tensorboard'.")
     tracker_project_name: str = option("trl", "Project name for the trackers.")
-    tracker_kwargs: dict[str, Any] | None = option(None, "Options of each tracker by its name, for init_trackers.")
+    tracker_kwargs: dict[str, Any] | None = option(
+        None, "Options of each tracker by its name, for init_trackers.", secret=True
+    )
     project_kwargs: dict[str, Any] | None = option(None, "Of accelerate's ProjectConfiguration, such as logging_dir.")
     accelerator_kwargs: dict[str, Any] | None = option(None, "Of accelerate's Accelerator, such as mixed_precision.")
 
