@@ -315,9 +315,12 @@ def test_mixture_may_stand_on_the_command_line(passed):
             "test_split_size and eval_dataset are both given",
         ),
         (["datasets: [{pth: pairs.jsonl}]"], "datasets[0] is {'pth': 'pairs.jsonl'}"),
-        (["datasets: [pairs.jsonl]"], "run.yaml: datasets: ['pairs.jsonl'] is no list[dict[str, Any]] | None"),
+        (["datasets: [pairs.jsonl]"], "run.yaml: datasets=['pairs.jsonl'] (list) is not a list of mappings, or None"),
         (["datasets: [{path: nowhere.jsonl}]"], "datasets[0]: 'nowhere.jsonl' is no dataset"),
-        (["datasets: [{path: pairs.jsonl}]", "test_split_size: many"], "test_split_size: 'many' is no int | float"),
+        (
+            ["datasets: [{path: pairs.jsonl}]", "test_split_size: many"],
+            "test_split_size='many' (str) is not a whole number above 0",
+        ),
         (["datasets: [{path: pairs.jsonl}]", "test_split_size: 99"], "The datasets cannot be mixed"),
         (["datasets: [{path: pairs.jsonl, columns: [text]}]"], "lacks some of the columns ['text']"),
         (
@@ -354,7 +357,11 @@ def test_data_that_do_not_fit_are_refused(lines, expected, refused, mixture):
             "loss_weights has 1 entries and loss_type has 2",
         ),
         ("dpo", ["--loss_type", "sigmod"], "loss_type='sigmod' is unknown"),
-        ("dpo", ["--loss_weights", "1", "x"], "loss_weights: ['1', 'x'] is no list[float] | None"),
+        (
+            "dpo",
+            ["--loss_weights", "1", "x"],
+            "loss_weights=['1', 'x'] (list) is not a list of finite numbers, or None",
+        ),
         ("bema", ["--update_ref_model", "--sync_ref_model"], "update_ref_model=True contradicts"),
         ("bema", ["--require", "stable"], "StabilityError"),
     ],

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils.import_utils import is_peft_available
 
 from ..errors import ConfigError
+from ..options import require
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,16 @@ def load_policy(
         return model
     kwargs = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
-        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
+        found = getattr(torch, kwargs["dtype"], None)
+        what = f"model_init_kwargs: dtype={kwargs['dtype']!r} is no type of torch."
+        require(isinstance(found, torch.dtype), what, "Use for example 'float32', 'bfloat16' or 'auto'.")
+        kwargs["dtype"] = found
     if kwargs["dtype"] is torch.bfloat16 and not torch.cuda.is_available():
         logger.warning("bfloat16 weights on a CPU without AMX or AVX-512 are extremely slow; float32 is the default.")
     try:
         loaded: nn.Module = auto_class.from_pretrained(os.fspath(model), **kwargs)
         return loaded
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: an argument that the model does not take
         raise ConfigError(
             f"The model {model!r} cannot be loaded: {error}",
             mend="Pass a Hub id you can reach, a folder with config.json and weights, or a model object.",
