@@ -356,11 +356,11 @@ def test_data_that_do_not_fit_are_refused(lines, expected, refused, mixture):
             ["--loss_type", "sigmoid", "sft", "--loss_weights", "1"],
             "loss_weights has 1 entries and loss_type has 2",
         ),
-        ("dpo", ["--loss_type", "sigmod"], "loss_type='sigmod' is unknown"),
+        ("dpo", ["--loss_type", "sigmod"], "loss_type='sigmod' (str) is not a list of texts, or one of 'sigmoid'"),
         (
             "dpo",
             ["--loss_weights", "1", "x"],
-            "loss_weights=['1', 'x'] (list) is not a list of finite numbers, or None",
+            "loss_weights=['1', 'x'] (list) is not a list of finite numbers",
         ),
         ("bema", ["--update_ref_model", "--sync_ref_model"], "update_ref_model=True contradicts"),
         ("bema", ["--require", "stable"], "StabilityError"),
