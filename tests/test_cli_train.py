@@ -388,11 +388,11 @@ def test_stray_word_is_refused(refused):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--num_generations", "2.5"], "num_generations: '2.5' is no int"),
-        (["--learning_rate", "fast"], "learning_rate: 'fast' is no float"),
-        (["--log_completions", "maybe"], "log_completions: 'maybe' is no bool"),
-        (["--reward_weights", "1", "x"], "reward_weights: ['1', 'x'] is no list[float] | None"),
-        (["--peft", "{r: 2"], "peft: '{r: 2' is no dict[str, Any] | None"),
+        (["--num_generations", "2.5"], "num_generations='2.5' (str) is not a whole number"),
+        (["--learning_rate", "fast"], "learning_rate='fast' (str) is not a finite number"),
+        (["--log_completions", "maybe"], "log_completions='maybe' (str) is not True or False"),
+        (["--reward_weights", "1", "x"], "reward_weights=['1', 'x'] (list) is not a list of finite numbers, or None"),
+        (["--peft", "{r: 2"], "peft=... (str) is not a mapping, or None"),
     ],
 )
 def test_value_of_another_type_is_refused(refused, words, expected):
@@ -401,7 +401,7 @@ def test_value_of_another_type_is_refused(refused, words, expected):
 
 def test_yaml_value_of_another_type_is_refused_by_file(refused, tmp_path):
     (tmp_path / "run.yaml").write_text("num_generations: true")
-    assert "run.yaml: num_generations: True is no int" in refused("--config", str(tmp_path / "run.yaml"))
+    assert "run.yaml: num_generations=True is not a whole number" in refused("--config", str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize(("content", "expected"), [("a: [", "cannot be read"), ("- a", "holds no mapping")])

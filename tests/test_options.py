@@ -11,6 +11,7 @@ import random
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from trl_core import check_options, errors, get_config, get_trainer, list_algorithms, option
 from trl_core.options import fields_of, kinds
-from trl_core.testing import tiny_tokenizer
+from trl_core.testing import tiny_model, tiny_tokenizer
 
 from .helpers_cli import train
 from .helpers_offline import pairs, texts
@@ -190,12 +191,40 @@ def test_value_of_a_secret_is_not_told():
         ("sft", {"load_best_model_at_end": True, "eval_strategy": "epoch"}, "load_best_model_at_end"),
         ("sft", {"fp16": True, "bf16": True}, "fp16 and bf16"),
         ("sft", {"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor"),
+        ("sft", {"lr_scheduler_kwargs": {"bogus": 1}}, "lr_scheduler_kwargs has ['bogus']"),
+        ("sft", {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 1}}, "lr_scheduler_kwargs has"),
+        ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
+        ("sft", {"optim_args": "foo"}, "optim_args='foo' is not of the form"),
+        (
+            "grpo",
+            {"generation_kwargs": {"max_new_token": 5}},
+            "'max_new_token', which generation does not take. Did",
+        ),
+        ("grpo", {"generation_kwargs": {"max_new_tokens": -5}}, "generation_kwargs={'max_new_tokens': -5} cannot be"),
+        ("grpo", {"generation_kwargs": '{"top_k": -5}'}, "top_k=-5 is not"),
     ],
 )
 def test_options_that_do_not_fit_each_other_are_named(algorithm, options, told):
     with pytest.raises(errors.ConfigError, match=re.escape(told)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config(algorithm, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"dtype": "float31"}, "dtype='float31' is no type"), ({"bogus": 1}, "unexpected keyword argument 'bogus'")],
+)
+def test_argument_of_the_model_that_cannot_be_is_named(options, named, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(errors.ConfigError, match=named):
+        get_trainer("sft")(tmp_path / "model", config("sft", tmp_path, model_init_kwargs=options), texts())
+
+
+def test_optimizer_that_is_not_installed_is_named(tmp_path):
+    args = config("sft", tmp_path, optim="lomo", max_steps=1)
+    trainer = get_trainer("sft")(tiny_model(), args, texts(), processing_class=tiny_tokenizer())
+    with pytest.raises(errors.ConfigError, match="optim='lomo' cannot be made"):
+        trainer.train()
 
 
 # -- values that are taken --------------------------------------------------------------------------------------------
@@ -209,7 +238,7 @@ GOOD = [
     ),
     *several("grpo", scale_rewards=[True, False, "batch"], epsilon_high=[0.28, None], entropy_coef=[-0.01, 0]),
     *several("grpo", importance_sampling_level=["sequence", "sequence_token"], top_entropy_quantile=[0, 1, 0.2]),
-    *several("grpo", generation_kwargs=['{"do_sample": true}', {"a": 1}, None]),
+    *several("grpo", generation_kwargs=['{"do_sample": true}', {"top_k": 5}, None]),
     *several("sft", learning_rate=[0, 1, 1e-6], weight_decay=[0], adam_beta1=[0, 0.999], max_grad_norm=[0, 0.0]),
     *several("sft", num_train_epochs=[0.5, 1, 100], max_steps=[-1, 0, 1, 7.0], warmup_steps=[0, 0.1, 10, 10.0]),
     *several("sft", logging_steps=[1, 0.1, 10.0], save_steps=[1, 0.5], save_total_limit=[1, None], eval_delay=[0, 1.5]),
@@ -352,6 +381,7 @@ class Own:
     count: int | None = option(None, "A count.", ge=1)
     names: list[str] = option(["a"], "Names.", choices=("a", "b"))
     level: int = option(1, "A level.", choices=(1, 2, 4))
+    other: Any = option(None, "Anything.")
 
     def __post_init__(self):
         check_options(self)
@@ -360,6 +390,7 @@ class Own:
 def test_options_of_a_class_of_its_own_are_checked_and_lists_are_copied():
     assert Own().names is not Own().names
     assert Own(names=("a", "b"), level=np.int32(4)) == Own(0.5, None, ["a", "b"], 4)
+    assert Own(other=len).other is len
     for bad in (
         {"share": 0},
         {"share": 1},

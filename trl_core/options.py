@@ -216,7 +216,7 @@ def _of_kind(value: Any, kind: Any, f: Field) -> Any:
     elif origin is Literal:
         _expect(_is_among(value, typing.get_args(kind)))
     elif kind not in _WORDS:
-        _expect(not isinstance(origin, type) or isinstance(value, origin))
+        _expect(origin is Any or not isinstance(origin, type) or isinstance(value, origin))
     else:
         value = _plain(value, kind, f)
         bounds, choices = f.metadata.get("range") or {}, f.metadata.get("choices")
@@ -276,7 +276,7 @@ def _choices(f: Field) -> list[Any]:
 
 
 def _word(kind: Any) -> str:
-    return _WORDS.get(kind, f"a {type_name(kind)}")
+    return "a mapping" if typing.get_origin(kind) is dict else _WORDS.get(kind, f"a {type_name(kind)}")
 
 
 def _expected(f: Field) -> str:

@@ -373,7 +373,11 @@ class CoreTrainer(RunTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of `transformers.Trainer`, for the extra models too."""
         models = {} if self.optimizer is not None else self.extra_models
-        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        try:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        except (ImportError, ValueError, TypeError) as error:
+            what = f"The optimizer optim={str(self.args.optim.value)!r} cannot be made: {error}"
+            raise ConfigError(what, mend="Install what it needs, change optim_args, or use another.") from error
         for model_name, module in models.items():
             rate = self.context.learning_rates.get(model_name, self.args.learning_rate)
             decayed = set(self.get_decay_parameter_names(module))

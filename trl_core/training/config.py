@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from transformers import TrainingArguments
+from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..errors import ConfigError
 from ..names import did_you_mean
-from ..options import check_names, check_options, option, require
+from ..options import check_names, check_options, checked, fields_of, option, require
 from ..redaction import redacted, remember
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,6 @@ class CoreConfig(TrainingArguments):
         **_each("gradient_accumulation_steps eval_accumulation_steps torch_empty_cache_steps", ge=1),
         **_each("dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb", ge=1),
         **_each("seed data_seed", ge=0, le=2**32 - 1),  # what numpy takes
-        **_each("train_sampling_strategy", choices=("random", "sequential", "group_by_length")),
         **_each("include_num_input_tokens_seen", choices=("all", "non_padding", "no", True, False)),
         # What transformers makes of them, or takes as well.
         **_each("accelerator_config", file=True, types=(AcceleratorConfig,)),
@@ -163,11 +164,29 @@ class CoreConfig(TrainingArguments):
         except Exception as error:
             what = f"transformers refuses the options: {error}"
             raise ConfigError(what, mend="Change the option that is named.") from error
+        self._check_optimization()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):  # a dataclass makes one that shows all
             cls.__repr__ = CoreConfig.__str__  # type: ignore[method-assign,assignment]
+
+    def _check_optimization(self) -> None:
+        """Try the schedule, which would otherwise fail, or ignore what it is given, when training begins."""
+        schedule, given = SchedulerType(self.lr_scheduler_type), as_dict(self.lr_scheduler_kwargs)
+        made: Any = TYPE_TO_SCHEDULER_FUNCTION[schedule]
+        known = inspect.signature(made).parameters
+        unknown = [name for name in given if name not in known and "kwargs" not in known]
+        what = f"lr_scheduler_kwargs has {unknown}, which lr_scheduler_type={schedule.value!r} does not take."
+        require(not unknown, what, f"Use some of: {', '.join(list(known)[1:])}; or leave it out.")
+        try:
+            get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 1, 2, given)
+        except Exception as error:
+            what = f"lr_scheduler_type={schedule.value!r} with lr_scheduler_kwargs={given} cannot be: {error}"
+            raise ConfigError(what, mend="Change lr_scheduler_kwargs, or use another schedule.") from error
+        fits = all(part.count("=") == 1 for part in self.optim_args.split(",")) if self.optim_args else True
+        what = f"optim_args={self.optim_args!r} is not of the form key=value,key=value."
+        require(fits, what, "Write the arguments of the optimizer so.")
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values, with secrets hidden; for trackers and records."""
@@ -358,6 +377,23 @@ class OnlineConfig(CoreConfig):
         what = f"num_generations={self.num_generations} is below {least}: advantages compare completions of one prompt."
         require(self.num_generations >= least, what, f"Give at least {least}.")
         self._set_generation_batch()
+        self._check_generation()
+
+    def _check_generation(self) -> None:
+        make: Any = GenerationConfig
+        cls: Any = type(self)
+        given, known = as_dict(self.generation_kwargs), make()
+        for name in given:
+            what = f"generation_kwargs has {name!r}, which generation does not take.{did_you_mean(name, vars(known))}"
+            require(hasattr(known, str(name)), what, "Use names of transformers.GenerationConfig.")
+        for f in fields_of(cls):
+            if given.get(f.name) is not None:  # what is an option as well
+                checked(given[f.name], f)
+        try:
+            make(**given)
+        except Exception as error:
+            what = f"generation_kwargs={given} cannot be: {error}"
+            raise ConfigError(what, mend="Change the value that is named.") from error
 
     def _set_generation_batch(self) -> None:
         micro = self.per_device_train_batch_size * self.world_size
