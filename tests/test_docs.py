@@ -26,7 +26,8 @@ from trl_core import errors, get_config, get_trainer, hookspecs, list_algorithms
 from trl_core.cli.flags import groups_of
 from trl_core.cli.main import COMMANDS, main
 from trl_core.cli.train import RunOptions
-from trl_core.composition import _check_hooks, compose
+from trl_core.composition import compose
+from trl_core.declared import check_hooks
 from trl_core.options import fields_of
 from trl_core.testing import tiny_model, tiny_tokenizer
 
@@ -145,7 +146,7 @@ def test_hook_examples_fit_the_contract():
     for example in examples:
         namespace = {"hookimpl": hookspecs.hookimpl}
         exec("from __future__ import annotations\nclass Hooks:\n" + textwrap.indent(example, "    "), namespace)
-        _check_hooks(namespace["Hooks"], "docs/hooks.md")
+        check_hooks(namespace["Hooks"], "docs/hooks.md")
         assert len(example.splitlines()) <= 7
 
 

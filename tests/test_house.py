@@ -35,7 +35,7 @@ PLUGIN_BUDGETS = {"trl_bema": 150, "trl_gfpo": 140, "trl_gspo": 110, "trl_ppo": 
 # the public facade; inside the core only the registered algorithms, which are plugins like any other, go through it.
 _CONTRACT = {"redaction", "errors", "install", "names", "options", "batch", "hookspecs"}
 _DISCOVERY = {"errors", "install", "algorithm", "stability", "discovery"}
-_COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "answers", "composition"}
+_COMPOSED = _CONTRACT | _DISCOVERY | {"stages", "models", "answers", "declared", "composition"}
 _AUTHORS = {"files", "project", "scaffold", "migration", "contract", "promotion"}
 TOOLS = _AUTHORS | {"cli", "testing", "pytest_plugin"}
 MAY_IMPORT = {
@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "stages": _CONTRACT | {"processes"},
     "models": _CONTRACT,
     "answers": _CONTRACT | {"stages"},
+    "declared": _CONTRACT | {"answers"},
     "composition": _COMPOSED,
     "data": {"errors", "options"},
     "training": _COMPOSED | {"data", "markdown"},

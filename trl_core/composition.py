@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -18,6 +17,7 @@ import pluggy
 from . import discovery, stability
 from .algorithm import Algorithm
 from .answers import guarded, is_of, marked, told
+from .declared import check_hooks, check_making, check_options, check_pair, implements_hooks
 from .discovery import AlgorithmInfo
 from .errors import (
     AlgorithmNotFoundError,
@@ -88,7 +88,7 @@ class Composition:
             PluginConflict: an option is defined twice.
         """
         base: Any = self.root.config
-        _check_options(base, object, self.parts[0])
+        check_options(base, object, self.parts[0].origin)
         owners = {f.name: self.root.name for f in dataclasses.fields(base)}
         options: list[type] = []
         overrides: dict[str, Any] = {}
@@ -97,7 +97,7 @@ class Composition:
             config = part.algorithm.config
             if config is None or part is self.parts[0]:
                 continue
-            _check_options(config, base, part)
+            check_options(config, base, part.origin)
             for f in dataclasses.fields(config):
                 if f.name in owners:
                     raise PluginConflict(
@@ -190,8 +190,8 @@ class Composition:
             )
         for part in self.parts:
             with told("Looking at the hooks", part.origin):
-                _check_hooks(part.algorithm.hooks, part.info.qualified)
-                _check_making(part.algorithm.hooks, part.info.qualified)
+                check_hooks(part.algorithm.hooks, part.info.qualified)
+                check_making(part.algorithm.hooks, part.info.qualified)
         for option in sorted({name for part in self.parts for name in part.algorithm.defaults}):
             self._check_single_default(option)
         for hook, (kind, _) in hook_kinds().items():
@@ -263,7 +263,7 @@ class Composition:
                 if not isinstance(instance, made):
                     what = f"Making the hooks of {part.origin} gave {type(instance).__name__}, no {made.__name__}."
                     raise InvalidHookError(what, mend="Give Algorithm(hooks=...) a plain class.")
-                _check_pair(instance, part.info.qualified)
+                check_pair(instance, part.info.qualified)
                 hooks.objects[part.algorithm.name] = instance
                 hooks.origins[part.algorithm.name] = part.origin
         for name, instance in hooks.objects.items():
@@ -300,7 +300,7 @@ class Composition:
             InvalidHookError: it implements no hook, or one wrongly.
             PluginConflict: it provides what an algorithm other than the base provides.
         """
-        _check_hooks(type(provider), name)
+        check_hooks(type(provider), name)
         if isinstance(provider, type) or not implements_hooks(provider):
             raise InvalidHookError(
                 f"{name} must be an object that implements a hook, but it is {provider!r}, which has no hook.",
@@ -315,7 +315,7 @@ class Composition:
                         f"{name} and the algorithm {self.name!r} both provide {hook!r}.",
                         mend=f"Leave {name} out, or use an algorithm that does not replace this step.",
                     )
-        _check_pair(provider, name)
+        check_pair(provider, name)
         while name in hooks.objects:
             name += "'"
         hooks.objects[name] = provider
@@ -531,28 +531,6 @@ def _make_config(composition: Composition, base: type, options: tuple[type, ...]
         ) from error
 
 
-def _check_options(config: Any, base: type, part: Part) -> None:
-    """Refuse options, to be merged with those of the base, that would be none, or would break the base."""
-
-    def refuse(what: str, mend: str) -> None:
-        raise CompositionError(f"{config.__qualname__}, the options of {part.origin}, {what}.", mend=mend)
-
-    dataclass_mend = "Put @dataclass over the class, and write each option as `name: type = option(default, help)`."
-    if not dataclasses.is_dataclass(config):
-        refuse("is no dataclass", dataclass_mend)
-    lost = sorted(name for c in config.__mro__ for name, v in vars(c).items() if isinstance(v, dataclasses.Field))
-    lost += [name for name, f in config.__dataclass_fields__.items() if "InitVar" in str(f.type)]
-    if lost:
-        refuse(f"has {lost[0]!r}, which is no field of a dataclass", dataclass_mend)
-    for f in () if base is object else dataclasses.fields(config):
-        if not f.init or f.default is f.default_factory is dataclasses.MISSING:
-            refuse(f"has the option {f.name!r} without a default value", dataclass_mend)
-        inherited = base.__dataclass_fields__  # type: ignore[attr-defined]
-        kept = f.name == "algorithm_name" or f.name.startswith("_") or hasattr(base, f.name)
-        if kept and f.name not in inherited:
-            refuse(f"has the option {f.name!r}, a name that the base keeps for itself", "Choose another name.")
-
-
 def _check_deprecated_options(composition: Composition, config: Any) -> None:
     """Warn of deprecated options that were given, or refuse them. Runs before any default is filled in."""
     for f in dataclasses.fields(config):
@@ -584,94 +562,5 @@ def _restore_config(name: str, state: dict[str, Any]) -> Any:
     return config
 
 
-# -- checking hook implementations ------------------------------------------------------------------------------------
-def implements_hooks(owner: object) -> bool:
-    """Whether an object has any method marked with `@hookimpl`."""
-    return any(marked(owner, hook) for hook in hook_kinds())
-
-
 def _implementation(algorithm: Algorithm, hook: str) -> dict[str, Any] | None:
     return None if algorithm.hooks is None else marked(algorithm.hooks, hook)
-
-
-def _check_hooks(hooks: type | None, owner: str) -> None:
-    if hooks is None:
-        return
-    kinds = hook_kinds()
-    for name, static in inspect.getmembers_static(hooks):
-        options = marked(hooks, name)
-        where = f"The hook {name!r} of {owner!r}"
-        if options is None:
-            if name in kinds and (callable(static) or isinstance(static, property | staticmethod | classmethod)):
-                raise InvalidHookError(f"{where} is not marked, so it would never be called.", mend="Add @hookimpl.")
-            continue
-        function = _function_of(static, hooks, where)
-        if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise InvalidHookError(
-                f"{where} does not exist.{hint}", mend=f"Use one of: {', '.join(kinds)}; see trl_core.hookspecs."
-            )
-        if options["tryfirst"] or options["trylast"] or options["hookwrapper"]:
-            raise InvalidHookError(
-                f"{where} uses tryfirst, trylast or hookwrapper, which would override the order the user gave.",
-                mend="Use plain @hookimpl or @hookimpl(wrapper=True).",
-            )
-        kind, refine = kinds[name]
-        if options["wrapper"] and not refine:
-            raise InvalidHookError(f"{where} is a wrapper, but {kind} hooks like it take none.", mend="Use @hookimpl.")
-        if inspect.isgeneratorfunction(inspect.unwrap(function)) is not bool(options["wrapper"]):
-            has = "is a wrapper without a yield" if options["wrapper"] else "has a yield, but is no wrapper"
-            raise InvalidHookError(f"{where} {has}.", mend="@hookimpl(wrapper=True) goes with `result = yield`.")
-        _check_arguments(function, name, where)
-
-
-def _function_of(static: Any, hooks: type, where: str) -> Any:
-    """What is called for a marked attribute of a hooks class."""
-    function = static.__get__(None, hooks) if isinstance(static, staticmethod | classmethod) else static
-    if not inspect.isroutine(function):
-        raise InvalidHookError(f"{where} is a {type(static).__name__}, which is never called.", mend="Write a method.")
-    inner = inspect.unwrap(function)
-    if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner):
-        raise InvalidHookError(f"{where} is a coroutine, for which nobody waits.", mend="Write `def`, not `async def`.")
-    return function
-
-
-def _check_making(hooks: type | None, owner: str) -> None:
-    """Check that hooks can be made from a context, as far as the signature says."""
-    try:
-        if hooks is not None:
-            inspect.signature(hooks).bind(None)
-    except TypeError as error:
-        raise InvalidHookError(
-            f"The hooks class {hooks.__name__} of {owner!r} cannot be made as {hooks.__name__}(context): {error}.",  # type: ignore[union-attr]
-            mend="Write `def __init__(self, context):`.",
-        ) from None
-    except ValueError:
-        pass  # it has no signature that Python can tell
-
-
-def _check_pair(instance: object, owner: str) -> None:
-    """Check that who has a state can also take it back."""
-    has = {name: callable(getattr(instance, name, None)) for name in ("state_dict", "load_state_dict")}
-    for name, other in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
-        if has[name] and not has[other]:
-            raise InvalidHookError(
-                f"{owner!r} has {name}, but no {other}: after a resume its state would be another.",
-                mend=f"Write {other} too, or neither.",
-            )
-
-
-def _check_arguments(function: Any, hook: str, where: str) -> None:
-    allowed = set(inspect.signature(getattr(HookSpecs, hook)).parameters)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name not in allowed or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise InvalidHookError(
-                f"{where} takes {str(parameter)!r}; allowed: {', '.join(sorted(allowed - {'self'}))}.",
-                mend="Take only arguments of the hook, by name.",
-            )
-        if parameter.default is not parameter.empty:
-            raise InvalidHookError(
-                f"{where} gives its argument {parameter.name!r} a default value, which some versions of pluggy ignore.",
-                mend="Remove the default.",
-            )

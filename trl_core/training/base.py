@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..batch import TokenRows
-from ..composition import implements_hooks
+from ..declared import implements_hooks
 from ..errors import ConfigError, HookResultError, NonFiniteLossError, OutputDirError
 from ..hookspecs import HookContext, hookimpl
 from ..models.layout import PADDED, Layouts, layouts_of
