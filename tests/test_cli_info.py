@@ -54,7 +54,7 @@ def test_info_puts_options_under_who_defines_them(record):
     assert list(options) == ["gfpo", "grpo", "trainer"]
     assert owners["num_remains_in_group"] == owners["k_easy"] == "gfpo"
     assert owners["loss_type"] == owners["learning_rate"] == "grpo"
-    assert owners["num_generations"] == owners["logging_steps"] == "trainer"
+    assert owners["temperature"] == owners["logging_steps"] == "trainer"
 
 
 def test_info_shows_a_default_that_is_a_list(info, record):

@@ -356,7 +356,7 @@ def test_data_that_do_not_fit_are_refused(lines, expected, refused, mixture):
             ["--loss_type", "sigmoid", "sft", "--loss_weights", "1"],
             "loss_weights has 1 entries and loss_type has 2",
         ),
-        ("dpo", ["--loss_type", "sigmod"], "loss_type='sigmod' (str) is not a list of texts, or one of 'sigmoid'"),
+        ("dpo", ["--loss_type", "sigmod"], "Did you mean 'sigmoid'?"),
         (
             "dpo",
             ["--loss_weights", "1", "x"],

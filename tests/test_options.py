@@ -169,6 +169,9 @@ def test_mend_suggests_the_nearest_choice_and_says_what_the_option_does():
     assert "Did you mean 'group'?" in caught.value.mend
     assert "Divide advantages by the std" in caught.value.mend
     with pytest.raises(errors.ConfigError) as caught:
+        config("dpo", loss_type=["sft", "sigmod"])
+    assert "Did you mean 'sigmoid'?" in caught.value.mend
+    with pytest.raises(errors.ConfigError) as caught:
         config("grpo", learning_rate="1e-5")
     assert "without quotes" in caught.value.mend
 

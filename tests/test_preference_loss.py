@@ -494,10 +494,10 @@ def test_losses_of_a_difference_take_any_divergence(loss):
 @pytest.mark.parametrize(
     ("options", "what", "mend"),
     [
-        ({"beta": 0.0}, "beta=0.0 is not above 0", "positive"),
-        ({"beta": -0.1}, "beta=-0.1 is not above 0", "positive"),
-        ({"loss_type": "sigmod"}, "loss_type='sigmod' is unknown", "'sigmoid'"),
-        ({"loss_type": ["hinge", "kto_pair"]}, "loss_type='kto_pair' is unknown", "'hinge'"),
+        ({"beta": 0.0}, "beta=0.0 is not a finite number above 0", "above 0"),
+        ({"beta": -0.1}, "beta=-0.1 is not a finite number above 0", "above 0"),
+        ({"loss_type": "sigmod"}, "loss_type='sigmod' (str) is not", "Did you mean 'sigmoid'?"),
+        ({"loss_type": ["hinge", "kto_pair"]}, "loss_type=['hinge', 'kto_pair'] (list) is not", "hinge"),
         ({"loss_type": []}, "loss_type is empty", "'sigmoid'"),
         (
             {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
@@ -506,12 +506,12 @@ def test_losses_of_a_difference_take_any_divergence(loss):
         ),
         ({"loss_weights": []}, "loss_weights has 0 entries and loss_type has 1", "one weight per loss"),
         ({"loss_type": "exo_pair"}, "'exo_pair' with label_smoothing=0 ", "0.001"),
-        ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5 with robust", "0.1"),
-        ({"loss_type": "aot", "label_smoothing": -0.1}, "label_smoothing=-0.1 with aot", "0.1"),
-        ({"ld_alpha": 1.5}, "ld_alpha=1.5 is not between 0 and 1", "0.5"),
-        ({"discopop_tau": 0.0}, "discopop_tau=0.0 is not above 0", "0.05"),
-        ({"wpo_max_weight": 0.0}, "wpo_max_weight=0.0 is not above 0", "None for no bound"),
-        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' is unknown", "'reverse_kl'"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5 is not", "0.1"),
+        ({"loss_type": "aot", "label_smoothing": -0.1}, "label_smoothing=-0.1 is not", "0.1"),
+        ({"ld_alpha": 1.5}, "ld_alpha=1.5 is not", "0.5"),
+        ({"discopop_tau": 0.0}, "discopop_tau=0.0 is not", "above 0"),
+        ({"wpo_max_weight": 0.0}, "wpo_max_weight=0.0 is not", "the authors of WPO use 1"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' (str) is not one of", "'reverse_kl'"),
         (
             {"loss_type": ["sigmoid", "apo_zero"], "f_divergence_type": "forward_kl"},
             "f_divergence_type='forward_kl' does not go with apo_zero",

@@ -471,7 +471,7 @@ def test_models_and_coroutines_stay_in_this_process(tmp_path):
 
 @pytest.mark.parametrize("number", [-1])
 def test_negative_number_of_processes_is_refused(number, tmp_path):
-    with pytest.raises(ConfigError, match="reward_processes=-1 is negative"):
+    with pytest.raises(ConfigError, match="reward_processes=-1 is not a whole number of at least 0"):
         get_config("grpo")(output_dir=str(tmp_path), reward_processes=number)
 
 

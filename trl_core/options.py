@@ -314,7 +314,8 @@ def _refusal(f: Field, value: Any) -> ConfigError:
         expected += ", in 64 bits"
     what = f"{f.name}={shown} is not {expected}; it is an option of {owner.__name__} in {owner.__module__}."
     hint = ", without quotes" if isinstance(value, str) and "number" in expected else ""
-    hint += f".{did_you_mean(value, _choices(f))}" if isinstance(value, str) else "."
+    words = [word for word in (value if isinstance(value, list | tuple) else [value]) if isinstance(word, str)]
+    hint += "." + next((did_you_mean(word, _choices(f)) for word in words if word not in _choices(f)), "")
     given = "one of these" if len(expected) > 100 else expected
     return ConfigError(what, mend=f"Give {given}{hint} {f.name}: {help_of(f)}")
 

@@ -669,8 +669,8 @@ def test_a_config_is_restored_from_its_dictionary():
     [
         ({"num_mini_batches": 3, "per_device_train_batch_size": 4}, "num_mini_batches=3 does not divide the 4 rows"),
         ({"num_mini_batches": 0}, "num_mini_batches=0"),
-        ({"num_ppo_epochs": 0}, "num_iterations=0"),
-        ({"response_length": 0}, "max_completion_length=0"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs=0"),
+        ({"response_length": 0}, "response_length=0"),
         ({"total_episodes": 0}, "total_episodes=0"),
         ({"local_rollout_forward_batch_size": 0}, "local_rollout_forward_batch_size=0"),
         ({"num_sample_generations": -1}, "num_sample_generations=-1"),
