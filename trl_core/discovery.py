@@ -7,17 +7,20 @@ torch, so what is installed can neither slow a process down nor change a run.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
+import email
 import functools
 import importlib.util
 import re
 import warnings
 from collections.abc import Iterator
 from configparser import RawConfigParser
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import importlib_metadata
 from importlib_metadata import PackageMetadata
@@ -91,6 +94,9 @@ class _Entry:
     metadata: PackageMetadata
 
 
+_scan: ContextVar[list[_Entry] | None] = ContextVar("_scan", default=None)
+
+
 def core_version() -> str:
     """The version of the installed trl-core.
 
@@ -132,6 +138,16 @@ def unknown_groups() -> list[UnknownGroup]:
     return found
 
 
+@contextlib.contextmanager
+def scanned() -> Iterator[None]:
+    """While it is open, what is installed is looked through once, not for each name anew."""
+    token = _scan.set(list(_entries()))
+    try:
+        yield
+    finally:
+        _scan.reset(token)
+
+
 def find(name: str) -> AlgorithmInfo:
     """The record of one algorithm. Imports no plugin.
 
@@ -144,7 +160,7 @@ def find(name: str) -> AlgorithmInfo:
         TRLCoreError: trl-core itself is not installed.
     """
     distribution, _, short = name.strip().rpartition(":")
-    entries = [entry for entry in _entries() if entry.group in GROUPS]
+    entries = [entry for entry in _scan.get() or _entries() if entry.group in GROUPS]
     matches = [entry for entry in entries if entry.name == short]
     if distribution:
         matches = [entry for entry in matches if entry.distribution == canonicalize_name(distribution)]
@@ -214,13 +230,26 @@ def _read(distribution: Any) -> list[_Entry] | None:
     parser = RawConfigParser(delimiters="=", strict=False)
     parser.optionxform = str  # type: ignore[method-assign,assignment]
     try:
-        metadata = distribution.metadata
-        name, version = canonicalize_name(metadata.get("Name")), metadata.get("Version") or "unknown"
+        metadata = _parsed(next(filter(None, map(distribution.read_text, ("METADATA", "PKG-INFO", "")))))
+        name, version = canonicalize_name(metadata["Name"]), metadata.get("Version") or "unknown"
         parser.read_string(_registered(distribution))
     except Exception:
         return None
     ours = [group for group in parser.sections() if _OURS.fullmatch(group)]
     return [_Entry(*point, group, name, version, metadata) for group in ours for point in parser.items(group)]
+
+
+@functools.lru_cache(maxsize=128)
+def _parsed(text: str) -> PackageMetadata:
+    """Of a text that is the same as before nothing new is to be learned, and parsing takes longer than reading."""
+    return cast(PackageMetadata, email.message_from_string(text))
+
+
+@functools.lru_cache(maxsize=128)
+def _tree(source: str) -> ast.Module:
+    # Python warns of some spellings when it compiles them; that is for whoever imports the plugin.
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(source)
 
 
 def _split(value: str) -> tuple[str, str] | None:
@@ -305,9 +334,7 @@ def definition(value: str) -> Definition | None:
             if spec is None or spec.loader is None:
                 return None
             source = spec.loader.get_source(spec.name)
-            # Python warns of some spellings when it compiles them; that is for whoever imports the plugin.
-            with warnings.catch_warnings(action="ignore"):
-                tree = whole = ast.parse(source)
+            tree = whole = _tree(source)
         first, _, rest = name.partition(".")
         match _binding(tree, first):
             case ast.Call(func=function) as call if not rest and _makes_algorithm(function, whole):
