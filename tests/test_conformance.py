@@ -1,5 +1,6 @@
 """The conformance kit: sound algorithms pass it, and each kind of fault fails the one check that is named after it."""
 
+import re
 from unittest import SkipTest
 
 import pytest
@@ -10,6 +11,7 @@ from trl_core.testing.checks import (
     CHECKS,
     check_evaluation_changes_nothing,
     check_layout_does_not_matter,
+    check_micro_batches_do_not_matter,
     check_resumes_exactly_at_every_step,
 )
 
@@ -152,7 +154,7 @@ FAULTS = {
 }
 
 
-def install(packages, name, old="", new="", base="grpo"):
+def install(packages, name, old="", new="", base="grpo", **options):
     """Install SOUND under this name, with `old` replaced, and return how to test it."""
     assert old in SOUND[base]
     source = (SOUND[base].replace(old, new) if old else SOUND[base]).replace("NAME", repr(name))
@@ -162,7 +164,7 @@ def install(packages, name, old="", new="", base="grpo"):
     requires = ["trl-core" if name == "without_range" else "trl-core>=0.1"]
     points = {"trl_core.experimental": {name: f"trl_{name}:algorithm"}}
     write_distribution(packages, f"trl-{name}", points, files=files, requires=requires)
-    return Subject(name, options={"factor": 3.0, "max_steps": 3}, neutral={"factor": 1.0})
+    return Subject(name, options={"factor": 3.0, "max_steps": 3, **options}, neutral={"factor": 1.0})
 
 
 def outcomes(subject, folder, exempt=None):
@@ -225,6 +227,39 @@ def test_sound_plugin_passes_every_check(base, packages, tmp_path):
 
 
 NAMES = [check.__name__ for check in CHECKS]
+
+
+# Losses that are 0, but for rounding, where the policy equals its reference, as at the start of a run it does, and one
+# that is next to nothing everywhere.
+SQUARED = "return result if self.factor == 1 else (result - 0.6931471805599453) ** 2"
+HARDLY_ANY = {
+    "only_kl": ("grpo", "return result * (self.factor == 1)", {"beta": 0.1}),
+    "squared": ("dpo", SQUARED, {}),
+    "tiny": ("dpo", "return result if self.factor == 1 else result * 1e-9", {}),
+}
+SAME_STEPS = (check_micro_batches_do_not_matter, check_layout_does_not_matter)
+
+
+@pytest.mark.parametrize("name", HARDLY_ANY)
+def test_rounding_of_a_loss_that_is_hardly_any_is_no_fault(name, packages, tmp_path):
+    base, answer, options = HARDLY_ANY[name]
+    subject = install(packages, name, RESULT, answer, base, **options)
+    for check in SAME_STEPS:
+        check(subject, tmp_path / check.__name__)
+
+
+def test_fault_in_a_loss_that_is_hardly_any_is_found_and_told_with_what_was_measured(packages, tmp_path):
+    subject = install(packages, "divided", RESULT, f"{SQUARED} / len(result)", "dpo")
+    with pytest.raises(ConformanceError) as raised:
+        check_micro_batches_do_not_matter(subject, tmp_path)
+    told = (
+        r"'divided' trains otherwise under \{.*\} than under \{.*\}: .* move the weights by (\S+) and end (\S+) apart"
+    )
+    told += r"\. Rounding explains (\S+), which is 1e-05 of the way and (\S+) that float32 does not resolve\."
+    said = re.search(told, str(raised.value))
+    step, gap, allowed, resolved = map(float, said.groups())
+    assert step > gap > step / 100  # a loss of half the size, say
+    assert resolved <= allowed < gap / 3
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

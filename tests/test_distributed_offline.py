@@ -13,7 +13,7 @@ from .helpers_train import CLOCKS, differences, run_in_two
 def two(tmp_path_factory):
     """The ends of all scenarios in two processes, by name."""
     folder = tmp_path_factory.mktemp("two")
-    code, errors = run_in_two(Path(__file__).with_name("script_distributed_offline.py"), folder)
+    code, errors = run_in_two(Path(__file__).with_name("script_distributed_offline.py"), folder, forked=True)
     assert code == 0, errors[-6000:]
     return torch.load(folder / "ends.pt", weights_only=False)
 

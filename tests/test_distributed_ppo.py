@@ -16,7 +16,7 @@ from .script_distributed_ppo import FIXED, end_weights, log_of, make_trainer
 def two(tmp_path_factory):
     """The folder with what two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    code, errors = run_in_two(Path(__file__).with_name("script_distributed_ppo.py"), folder)
+    code, errors = run_in_two(Path(__file__).with_name("script_distributed_ppo.py"), folder, forked=True)
     assert code == 0 and all((folder / f"finished-{rank}").exists() for rank in (0, 1)), errors[-6000:]
     return folder
 

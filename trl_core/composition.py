@@ -391,6 +391,7 @@ class Hooks:
 _cache: dict[tuple[object, ...], Composition] = {}
 
 
+@discovery.scanned()
 def compose(name: str, *, require: str | None = None, warn: bool = True) -> Composition:
     """Resolve an algorithm's name, or several joined by "+", to a composition.
 

@@ -7,6 +7,7 @@ torch, so what is installed can neither slow a process down nor change a run.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import email
 import functools
@@ -19,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from configparser import RawConfigParser
+from contextvars import ContextVar
 from dataclasses import dataclass
 from email.message import Message
 from importlib.machinery import ModuleSpec, PathFinder
@@ -119,6 +121,9 @@ class _Entry:
     metadata: Message
 
 
+_scan: ContextVar[list[_Entry] | None] = ContextVar("_scan", default=None)
+
+
 def core_version() -> str:
     """The version of the installed trl-core.
 
@@ -174,6 +179,16 @@ def unknown_groups() -> list[UnknownGroup]:
     return found
 
 
+@contextlib.contextmanager
+def scanned() -> Iterator[None]:
+    """While it is open, what is installed is looked through once, not for each name anew."""
+    token = _scan.set(list(_entries()))
+    try:
+        yield
+    finally:
+        _scan.reset(token)
+
+
 def find(name: str) -> AlgorithmInfo:
     """The record of one algorithm. Imports no plugin.
 
@@ -186,7 +201,7 @@ def find(name: str) -> AlgorithmInfo:
         TRLCoreError: trl-core itself is not installed.
     """
     distribution, _, short = name.strip().rpartition(":")
-    entries = [entry for entry in _entries() if entry.group in GROUPS]
+    entries = [entry for entry in _scan.get() or _entries() if entry.group in GROUPS]
     matches = [entry for entry in entries if entry.name == short]
     if distribution:
         matches = [entry for entry in matches if entry.distribution == canonicalize_name(distribution)]
@@ -309,7 +324,13 @@ def _registered(distribution: Any) -> str | None:
 
 def _metadata(distribution: Any) -> Message | None:
     text = next((text for file in ("METADATA", "PKG-INFO") if (text := _text_of(distribution, file)) != ""), None)
-    return None if text is None else email.message_from_string(text)
+    return None if text is None else _parsed(text)
+
+
+@functools.lru_cache(maxsize=128)
+def _parsed(text: str) -> Message:
+    """Of a text that is the same as before nothing new is to be learned, and parsing takes longer than reading."""
+    return email.message_from_string(text)
 
 
 def _name(distribution: Any) -> str | None:
