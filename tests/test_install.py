@@ -17,9 +17,9 @@ PAGES = [
         if file.suffix in (".md", ".py", ".tmpl", ".yaml", ".yml", ".toml", ".ipynb") and file.name != "install.py"
     ),
 ]
-COMMAND = re.compile(r"pip install ((?:[^\n`#)]|#subdirectory)*)")
+COMMAND = re.compile(r"pip install ((?:[^\n`#)\\]|#subdirectory)*)")
 OURS = re.compile(r"(?<![\w/.-])trl-(?:core|[a-z]+)(?:\[[\w,]+\])?(?![\w/-]| @)")
-NEAR = 6  # lines
+NEAR = 15  # lines
 
 
 def installs(text):

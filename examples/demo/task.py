@@ -118,8 +118,8 @@ def reasoning_gym() -> Any:
     except ImportError as error:
         raise MissingTaskError(
             f"A task other than {DEFAULT_TASK!r} comes from the package reasoning-gym, which cannot be imported: "
-            f"{error}.\n  It needs packages that exist as source only, and for one of them a C compiler and the headers "
-            f"of Python.\n  To mend: leave out TASK, or, with a compiler, in the checkout: "
+            f"{error}.\n  It needs packages that exist as source only, and for one of them a C compiler and Python's "
+            f"headers.\n  To mend: leave out TASK, or, with a compiler, in the checkout: "
             f"{shlex.quote(sys.executable)} -m pip install -c constraints.txt -e '.[tasks]'"
         ) from None
     return package
