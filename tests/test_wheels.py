@@ -97,7 +97,7 @@ def from_index(tmp_path_factory):
     venv.create(folder, with_pip=True)
     settings = {"HOME": str(base), "PIP_CACHE_DIR": str(base / "cache"), "PIP_ONLY_BINARY": ":all:", "CC": "false"}
     settings |= {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    settings |= {"PIP_NO_INPUT": "1", "PIP_QUIET": "1"}
+    settings |= {"PIP_NO_INPUT": "1", "PIP_QUIET": "1", "PIP_NO_COMPILE": "1"}
     probe = ["pip", "download", "--no-deps", "--dest", base, "--retries", "0", "--timeout", "20", "pluggy"]
     try:
         run(*probe, cwd=base, **settings)

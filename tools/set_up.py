@@ -312,6 +312,7 @@ def set_up(venv: Path, wanted: str | None, extras: str, lock: int) -> None:
     environment |= {"PIP_USER": "0", "PIP_CONSTRAINT": "constraints.txt", "PYTHONUNBUFFERED": "1"}
     pip = [str(venv.absolute() / "bin" / "python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     pip += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    pip += ["--no-compile"]  # Python does that for what is imported; doing it for all takes half of the time
     progress.step(
         f"[2/3] Installing what trl-core needs, trl-core and {len(plugins)} plugins: the first time some minutes"
     )
