@@ -10,7 +10,7 @@ import venv
 from pathlib import Path
 
 
-def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, limit: int = 280, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command offline, without what this process has in its environment of Python and of trl-core."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRL_"))}
     # The models are so small that threads would only wait for each other.
@@ -21,7 +21,7 @@ def run(*command: object, cwd: Path, **environment: str) -> subprocess.Completed
         env=inherited | settings | environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done

@@ -19,7 +19,7 @@ TEXT = GUIDE.read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # There is no index here: the core comes from its wheel, what it needs from the environment that runs the tests.
 INSTEAD = {
-    "pip install 'trl-core[authors]'": "trl-core --version",
+    "pip install -e '.[authors]'": "trl-core --version",
     "pip install": "python -m pip install --quiet --no-index --no-build-isolation --no-deps",
 }
 

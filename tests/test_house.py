@@ -256,7 +256,9 @@ def test_constraints_pin_every_dependency_within_its_range():
     pins = {normal(name): version for name, version in pins.items()}
     for folder in [ROOT, *PLUGINS]:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
+        groups = project.get("optional-dependencies", {})
+        # What no target installs, because not all of it has wheels, is not pinned.
+        extras = [line for name, lines in groups.items() if name != "tasks" for line in lines]
         for requirement in map(Requirement, project["dependencies"] + extras):
             if normal(requirement.name) != "trl-core":
                 assert normal(requirement.name) in pins, f"{requirement} is not pinned"

@@ -351,7 +351,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         "\n-from trl import SFTConfig, KTOConfig\n+from trl_core import SFTConfig\n+from trl import KTOConfig\n" in out
     )
     assert f"{file}:1: trl.KTOConfig: there is no KTO here." in out
-    assert "pip install trl-core\n" in out
+    assert "pip install -e . in a checkout of trl-core (pip install trl-core once it is published)\n" in out
     assert "\x1b" not in out
 
 

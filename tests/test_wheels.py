@@ -2,10 +2,16 @@
 
 import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from trl_core import install
 
 from .helpers_wheels import build_wheel, make_environment, run
 
@@ -84,6 +90,26 @@ def wheels(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def from_index(tmp_path_factory):
+    """Runs a command in a new environment that has pip, an empty home and cache, no compiler, and an index."""
+    base = tmp_path_factory.mktemp("index")
+    folder = base / "environment"
+    venv.create(folder, with_pip=True)
+    settings = {"HOME": str(base), "PIP_CACHE_DIR": str(base / "cache"), "PIP_ONLY_BINARY": ":all:", "CC": "false"}
+    settings |= {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    settings |= {"PIP_NO_INPUT": "1", "PIP_QUIET": "1", "PIP_NO_COMPILE": "1"}
+    probe = ["pip", "download", "--no-deps", "--dest", base, "--retries", "0", "--timeout", "20", "pluggy"]
+    try:
+        run(*probe, cwd=base, **settings)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no package index answers: {str(error).strip().splitlines()[-1]}")
+    yield folder, lambda command, cwd: run("bash", "-ec", command, cwd=cwd, limit=1200, **settings)
+    shutil.rmtree(base, ignore_errors=True)  # more than a gigabyte
+
+
+@pytest.fixture(scope="module")
 def environment(wheels, tmp_path_factory):
     """Folder of an environment with the wheels, beside the dependencies of the one that runs the tests."""
     return make_environment(tmp_path_factory.mktemp("environment"), *wheels.values())
@@ -140,3 +166,33 @@ def test_installed_wheels_run_the_known_bema_script(environment, tmp_path):
     # The reference becomes the policy after each step, so each loss is ln 2.
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx([0.693147, 0.693147], abs=1e-5)
     assert (tmp_path / "out" / "bema" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow  # downloads all dependencies
+@pytest.mark.timeout(1500)
+def test_wheels_bring_what_they_need_from_an_index(wheels, from_index, tmp_path):
+    environment, do = from_index
+    do(f"pip install {' '.join(map(str, wheels.values()))}", tmp_path)
+    (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
+    told = json.loads(do("pip check >&2; python train.py out", tmp_path).stdout.strip().splitlines()[-1])
+    assert Path(told["core"]).is_relative_to(environment) and Path(told["plugin"]).is_relative_to(environment)
+    assert told["steps"] == 1 and told["moved"] and "model.safetensors" in told["saved"]
+
+
+@pytest.mark.slow  # the same
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("form", ["from_checkout", "from_git"])
+def test_forms_that_work_before_the_release_do(form, from_index, tmp_path):
+    environment, do = from_index
+    checkout = tmp_path / "checkout"
+    kept = shutil.ignore_patterns(".*", "__pycache__", "runs", "site")
+    shutil.copytree(ROOT, checkout, ignore=kept)
+    do("pip uninstall --yes trl-core trl-gfpo", tmp_path)
+    who = "git -c user.name=a -c user.email=a@example.org"
+    do(f"git init -q && git add -A && {who} commit -qm all", checkout)
+    command = getattr(install, form)("trl-core[peft]", "trl-gfpo").replace("GIT_ADDRESS", checkout.as_uri())
+    do(command, checkout if form == "from_checkout" else tmp_path)
+    (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
+    told = json.loads(do("python -c 'import peft'; python train.py out", tmp_path).stdout.strip().splitlines()[-1])
+    assert Path(told["plugin"]).is_relative_to(checkout if form == "from_checkout" else environment)
+    assert told["steps"] == 1 and told["moved"]

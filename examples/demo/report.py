@@ -1,7 +1,7 @@
 """Put the runs of several seeds side by side: a table in RESULTS.md and a picture.
 
-for seed in 0 1 2; do make demo STEPS=30 SEED=$seed; done
-python examples/demo/report.py runs/demo-chain_sum-seed0 runs/demo-chain_sum-seed1 runs/demo-chain_sum-seed2
+for seed in 0 1 2; do make demo SEED=$seed; done
+python examples/demo/report.py runs/demo-sums-seed0 runs/demo-sums-seed1 runs/demo-sums-seed2
 """
 
 from __future__ import annotations
@@ -59,20 +59,22 @@ def main() -> None:
         cells = [f"{summary['before'][key]:.2f} → {summary['after'][key]:.2f}" for key, _ in COLUMNS]
         times = [f"{summary[key]:.0f}" for key in ("train_seconds", "total_seconds")]
         out.append("| " + " | ".join([str(summary["options"]["seed"]), *cells, *times]) + " |")
-    means = [
-        f"{statistics.mean(s['before'][key] for s in summaries):.2f} → "
-        f"{statistics.mean(s['after'][key] for s in summaries):.2f}"
-        for key, _ in COLUMNS
-    ]
-    out.append("| mean | " + " | ".join(means) + " | | |")
+    cells = []
+    for key, _ in COLUMNS:
+        before, after = ([summary[when][key] for summary in summaries] for when in ("before", "after"))
+        gains = [new - old for old, new in zip(before, after, strict=True)]
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        told = f"{statistics.mean(before):.2f} → {statistics.mean(after):.2f}"
+        cells.append(f"{told} (change {statistics.mean(gains):+.2f} ± {error:.2f})")
+    out.append("| mean | " + " | ".join(cells) + " | | |")
     count = first["options"]["eval_size"]
-    error = (0.25 / count) ** 0.5
     out += [
         "",
-        f"Accuracies are shares of {count} held-out problems, one completion each; the standard error of one",
-        f"is up to {error:.2f}. The held-out problems are the same for all seeds; none is trained on, not with",
-        "its terms swapped either. The gain is mostly that the model stops talking and answers, which it learns",
-        "in a few dozen steps: it shows that training works, it is no evidence that GFPO beats GRPO.",
+        "± is one standard error of the mean over seeds.",
+        f"Accuracies are shares of {count} held-out problems, one completion each; the sampling error of one",
+        f"is up to {(0.25 / count) ** 0.5:.2f}. The held-out problems are the same for all seeds; none is trained on,",
+        "not with its terms swapped either. The gain is mostly that the model answers before its tokens are used up,",
+        "which it learns in a few dozen steps: it shows that training works, it is no evidence that GFPO beats GRPO.",
         "",
     ]
     (HERE / "RESULTS.md").write_text("\n".join(out))

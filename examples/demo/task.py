@@ -17,6 +17,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -116,9 +118,9 @@ def reasoning_gym() -> Any:
     except ImportError as error:
         raise MissingTaskError(
             f"A task other than {DEFAULT_TASK!r} comes from the package reasoning-gym, which cannot be imported: "
-            f"{error}.\n  To mend: leave out TASK for the demo's own sums; or, in the checkout: "
-            "make demo-tasks\n  It builds source packages that reasoning-gym depends on, and needs a C compiler "
-            "and the headers of Python for that."
+            f"{error}.\n  It needs packages that exist as source only, and for one of them a C compiler and Python's "
+            f"headers.\n  To mend: leave out TASK, or, with a compiler, in the checkout: "
+            f"{shlex.quote(sys.executable)} -m pip install -c constraints.txt -e '.[tasks]'"
         ) from None
     return package
 
