@@ -17,7 +17,7 @@ import pluggy
 from . import discovery, stability
 from .algorithm import Algorithm
 from .answers import guarded, is_of, marked, told
-from .declared import check_hooks, check_making, check_options, check_pair, implements_hooks
+from .declared import check_fields, check_hooks, check_making, check_pair, implements_hooks
 from .discovery import AlgorithmInfo
 from .errors import (
     AlgorithmNotFoundError,
@@ -88,7 +88,7 @@ class Composition:
             PluginConflict: an option is defined twice.
         """
         base: Any = self.root.config
-        check_options(base, object, self.parts[0].origin)
+        check_fields(base, object, self.parts[0].origin)
         owners = {f.name: self.root.name for f in dataclasses.fields(base)}
         options: list[type] = []
         overrides: dict[str, Any] = {}
@@ -97,7 +97,7 @@ class Composition:
             config = part.algorithm.config
             if config is None or part is self.parts[0]:
                 continue
-            check_options(config, base, part.origin)
+            check_fields(config, base, part.origin)
             for f in dataclasses.fields(config):
                 if f.name in owners:
                     raise PluginConflict(

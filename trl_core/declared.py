@@ -13,7 +13,7 @@ from .hookspecs import HookSpecs, hook_kinds
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
-def check_options(config: Any, base: type, origin: str) -> None:
+def check_fields(config: Any, base: type, origin: str) -> None:
     """Refuse options, to be merged with those of the base, that would be none, or would break the base."""
 
     def refuse(what: str, mend: str) -> None:
