@@ -200,7 +200,8 @@ def test_two_processes_train_together(folder):
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
-RESUMED = [*NEEDED, *flags(**SMALL | {"max_steps": 3}, learning_rate=0.1)]
+LETTERS = flags(model="model", dataset="prompts.jsonl", reward_funcs="functions.py:letters")
+RESUMED = [*LETTERS, *flags(**SMALL | {"max_steps": 3}, learning_rate=0.1)]
 
 
 def test_resume_goes_on_from_the_newest_checkpoint(finished, folder, tmp_path):

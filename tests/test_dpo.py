@@ -411,8 +411,10 @@ def test_resumed_run_takes_the_reference_from_the_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(weights(whole), weights(resumed))
     another = make_trainer(tmp_path / "another", "DPO", {"train_dataset": pairs(3)}, **options)
-    with pytest.raises(CheckpointError, match="of 4 pairs; the dataset has 3"):
-        another.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for check, told in (("strict", "rows: 4 then, 3 now"), ("warn", "log-probabilities of another train_dataset")):
+        another.args.resume_check = check
+        with pytest.raises(CheckpointError, match=told):
+            another.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
 # -- data and evaluation ----------------------------------------------------------------------------------------------

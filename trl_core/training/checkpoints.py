@@ -42,6 +42,7 @@ from .origin import (
     compared_options,
     converted_weights,
     policy_weights,
+    without,
 )
 from .schedule import depends_on_length, load_with_new_values, optimizer_class
 from .state import (
@@ -146,7 +147,8 @@ class CheckpointedTrainer(Trainer):
             "model": configuration(policy),
             "trained_parameters": {"tensors": len(trained), "names": weights_of(trained)["weights"]},
             "rollouts": None if backend is None else type(backend).__name__,
-            "hooks": {name: description(hooks) for name, hooks in others.items()},
+            # Weights that a hooks object trains are in the checkpoint.
+            "hooks": {name: without(description(hooks), "weights") for name, hooks in others.items()},
         }
         return dict(redacted(inputs, drop=True))
 

@@ -140,16 +140,17 @@ def compare(
     then = {**record["options"], **record.get("inputs", {})}
     unknown = sorted(now.keys() ^ then.keys())
     if record.get("python", PYTHON) != PYTHON:
-        then, now = _without_code(then), _without_code(now)
+        then, now = without(then, "code"), without(now, "code")
         unknown.append(f"the code of functions (Python {record['python']} then, {PYTHON} now)")
     shared = [name for name in now if name in then]
     return differences({n: then[n] for n in shared}, {n: now[n] for n in shared}), unknown
 
 
-def _without_code(value: Any) -> Any:
+def without(value: Any, key: str) -> Any:
+    """A description without one of its parts, wherever it occurs."""
     if isinstance(value, dict):
-        return {name: _without_code(item) for name, item in value.items() if name != "code"}
-    return [_without_code(item) for item in value] if isinstance(value, list) else value
+        return {name: without(item, key) for name, item in value.items() if name != key}
+    return [without(item, key) for item in value] if isinstance(value, list) else value
 
 
 # -- do the weights fit? ----------------------------------------------------------------------------------------------
