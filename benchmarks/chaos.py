@@ -385,7 +385,7 @@ def work(jobs: list[Job], folder: Path, seed: int, fault: str | None, results: P
 
 
 def report(jobs: list[Job]) -> str:
-    """A table: how often each algorithm was killed, when, how many runs had a checkpoint then, and how many are equal."""
+    """A table: kills and moments of each algorithm, how many runs had a checkpoint then, and how many are equal."""
     lines = [f"{'algorithm':<24}{'kills':>6}{'resumed':>9}{'equal':>12}  moments"]
     for subject in dict.fromkeys(job.subject for job in jobs):
         own = [job for job in jobs if job.subject == subject]

@@ -291,6 +291,12 @@ def test_texts_without_secrets(text, expected):
     assert hide(text) == hide(hide(text)) == expected
 
 
+@pytest.mark.parametrize("piece", ["x", "x-", "--", "a:", "eyJ-", "://", "'", "x=", "token", "\n", "http://a:"])
+def test_long_texts_take_no_longer_than_short_ones_do(piece):
+    text = piece * (60_000 // len(piece))  # a pattern that looks back at all it has seen would take minutes
+    assert hide(f"{text} api_token='abcd1234'").endswith("<hidden>")
+
+
 def test_copies_are_json_whatever_an_option_holds(tmp_path):
     loop: dict = {"x": 1}
     loop["self"] = loop

@@ -46,19 +46,22 @@ _IN_VOCABULARY = re.compile(r"<.*>|\[.*\]|\W*|.{0,3}", re.DOTALL)
 _RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[^\s<>()]{12,}")
 
 _SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{8,}"
-    r"|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+    r"(?<![\w-])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{8,}"
+    r"|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}+\.[\w-]{8,}+\.[\w-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|(?<=Bearer )[\w.~+/=-]{8,}|(?<=Basic )[\w.~+/=-]{8,}",
     re.DOTALL,
 )
 # With or without a password: what stands before the host of a web address is often a token.
-_IN_URL = re.compile(r"(?<=://)[^\s/?#@]*:[^\s/?#]*@|(?<=http://)[^\s/?#]+@|(?<=https://)[^\s/?#]+@")
+_IN_URL = re.compile(
+    r"(?<=://)[^\s/?#@:]*+:[^\s/?#]{0,999}@|(?<=http://)[^\s/?#]{1,999}@|(?<=https://)[^\s/?#]{1,999}@"
+)
 _NAMED = re.compile(
-    r"""(?P<flag>(?<!\S)--?)?(?P<quote>["']?)(?P<name>[A-Za-z][\w-]*)(?P=quote)(?P<by>\s*(?:=>|=|:)\s*|[ \t]+)"""
+    r"""(?:(?P<flag>(?<!\S)--?)|(?<![\w-]))(?P<quote>["']?)(?P<name>[A-Za-z][\w-]*+)(?P=quote)"""
+    r"""(?P<by>\s*+(?:=>|=|:)\s*+|[ \t]++)"""
 )
 _NOTHING = ("", "None", "null", "True", "False", "true", "false", HIDDEN)
-_VALUE = re.compile(r""""[^"\n]*"?|'[^'\n]*'?|[^\s,;&}\])"']+""")
+_VALUE = re.compile(r""""[^"\n]*"?|'[^'\n]*'?|[^\s,;&}\])"']{1,4000}""")
 
 _values: set[str] = set()
 _marked: set[str] = set()
@@ -121,9 +124,17 @@ def hide_error(error: BaseException) -> BaseException:
 
 
 # -- what is a secret -------------------------------------------------------------------------------------------------
+def _words(name: Any) -> list[str]:
+    return [word.lower() for word in _WORD.findall(str(name)[:999])]
+
+
+def _may_name_secret(name: str) -> bool:
+    return is_named_secret(name) or _words(name)[-1:] in (["token"], ["key"])
+
+
 def is_named_secret(name: Any) -> bool:
     """Whether whatever has this name is a secret, but for None, True and False."""
-    words = [word.lower() for word in _WORD.findall(str(name))]
+    words = _words(name)
     while len(words) > 1 and words[-1] in ("value", "string", "str", "header"):
         words.pop()
     if not words or (words[-1] in _ABOUT and "webhook" not in words):
@@ -146,7 +157,7 @@ def _is_secret(name: Any, value: Any) -> bool:
         return False
     if is_named_secret(name):
         return True
-    words = [word.lower() for word in _WORD.findall(str(name))]
+    words = _words(name)
     if not isinstance(value, str) or not words:
         return False
     if words[-1] == "token" and _OF_LANGUAGE.isdisjoint(words):
@@ -169,26 +180,26 @@ def _hide(text: str, note: _Note = str, drop: bool = False) -> str:
     text = _IN_URL.sub(in_url, _SHAPES.sub(found, text))
     pieces, at = [], 0
     for match in _NAMED.finditer(text):
+        name, by = match["name"], match["by"].strip()
+        if match.start() < at or not (name in _marked or _may_name_secret(name)):
+            continue
         value = _VALUE.match(text, match.end())
-        if match.start() < at or value is None:
+        if value is None:
             continue
-        bare, by = value[0].strip("\"'"), match["by"].strip()
-        if bare in _NOTHING:
-            continue
+        bare = value[0].strip("\"'")
         # In prose a colon says no more than that something is said about a name.
-        assigned = by in ("=", "=>") or (by == ":" and (match["quote"] or _starts(text, match) or bare != value[0]))
-        if (assigned or (match["flag"] and not by and bare[:1] != "-") or (by and _RANDOM.fullmatch(bare))) and (
-            match["name"] in _marked or _is_secret(match["name"], bare)
-        ):
+        assigned = by in ("=", "=>") or (by and (match["quote"] or bare != value[0] or _starts(text, match.start())))
+        assigned = assigned or (match["flag"] and not by and bare[:1] != "-") or (by and _RANDOM.fullmatch(bare))
+        if assigned and bare not in _NOTHING and (name in _marked or _is_secret(name, bare)):
             note(bare)
             pieces += [text[at : match.end()], HIDDEN]
             at = value.end()
     return "".join([*pieces, text[at:]])
 
 
-def _starts(text: str, match: re.Match[str]) -> bool:
+def _starts(text: str, at: int) -> bool:
     """Whether a name stands where a key does: at the start of a line, or after a bracket or comma."""
-    before = text[: match.start()].rstrip(" \t-")
+    before = text[max(at - 99, 0) : at].rstrip(" \t-")
     return not before or before[-1] in "\n{,[(:"
 
 
