@@ -487,7 +487,7 @@ def test_help_groups_the_options_by_who_defines_them(capsys):
     titles = ["run", "gfpo", "grpo", "trainer", "transformers.TrainingArguments"]
     places = [text.index(f"options of {title}:") for title in titles]
     assert places == sorted(places)
-    owned = ["--group_filter_func", "--num_remains_in_group", "--beta", "--num_generations", "--weight_decay"]
+    owned = ["--group_filter_func", "--num_remains_in_group", "--beta", "--temperature", "--weight_decay"]
     sections = [text[start:end] for start, end in zip(places, [*places[1:], None], strict=True)]
     assert [next(i for i, section in enumerate(sections) if f"{flag} " in section) for flag in owned] == [0, 1, 2, 3, 4]
 
