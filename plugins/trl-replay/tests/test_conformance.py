@@ -6,7 +6,7 @@ from trl_core.testing import Subject, conformance
 
 # Groups of two have equal rewards often enough; a generation batch lasts for four micro-steps, a step for three.
 OFTEN = {"num_generations": 2, "num_iterations": 1, "replay_buffer_size": 5}
-REPLAY = Subject("trl-replay:replay", options=OFTEN, neutral={"replay_buffer_size": 0})
+REPLAY = Subject("trl-replay:replay", options={**OFTEN, "seed": 1}, neutral={"replay_buffer_size": 0})
 EARLIER_ONLY = Subject(
     "trl-replay:replay",
     options={**OFTEN, "sample_before_add": True, "beta": 0.1, "replay_buffer_size": 2},
