@@ -99,10 +99,10 @@ def test_a_reward_function_overwrites_no_column(name, tmp_path, capsys):
     trained(tmp_path, trainer=given, max_steps=1, num_completions_to_print=4)
     written = pyarrow.parquet.read_table(tmp_path / "completions" / "part-00001.parquet").to_pydict()
     shown = name.encode("utf-8", "backslashreplace").decode()
-    assert list(written) == [*FIXED, f"rewards/{shown}", f"rewards/{shown} (2)"]
+    assert list(written) == [*FIXED, f"rewards/{shown}", f"rewards/{shown}_2"]
     assert written["prompt"] == ["say a"] * 4 and written["step"] == [1] * 4
     assert written[f"rewards/{shown}"] == [1.0, 2.0, 3.0, 4.0]
-    assert written[f"rewards/{shown} (2)"] == [5.0, 6.0, 7.0, 8.0]
+    assert written[f"rewards/{shown}_2"] == [5.0, 6.0, 7.0, 8.0]
     assert written["reward"] == [6.0, 8.0, 10.0, 12.0]
     assert "best: reward 12, advantage" in capsys.readouterr().out
 

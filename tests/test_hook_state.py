@@ -78,7 +78,9 @@ REFUSED = {
 
 def stored(state, folder):
     """The state after a way through the files of a checkpoint."""
-    write_manifest(folder, {"state": write_tensors(folder, state)})
+    (folder / "trainer_state.json").write_text("{}")
+    origin = {"step": 1, "composition": [], "options": {}, "inputs": {}}
+    write_manifest(folder, {**origin, "state": write_tensors(folder, state)})
     return read_state(folder, read_manifest(folder))
 
 
