@@ -49,7 +49,7 @@ def sampling_and_resume(folder):
     whole = make_trainer(folder / "whole", trainer={"reward_funcs": noted}, **RUN)
     whole.train()
     note(folder, "sampled", seen)
-    resumed = make_trainer(folder / "whole", **RUN, save_strategy="no")
+    resumed = make_trainer(folder / "whole", trainer={"reward_funcs": noted}, **RUN, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
     torch.save([end_state(whole), end_state(resumed)], folder / f"resumed-{PartialState().process_index}.pt")
 

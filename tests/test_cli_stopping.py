@@ -149,7 +149,7 @@ def test_interrupt_of_any_command_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr("trl_core.cli.list.run", interrupt)
     assert main(["list"]) == 130
-    assert capsys.readouterr().err == "trl-core: interrupted\n"
+    assert capsys.readouterr().err == "trl-core: stopped by Ctrl-C.\n"
 
 
 # -- whole processes --------------------------------------------------------------------------------------------------

@@ -454,6 +454,6 @@ def test_trainer_is_made_as_in_trl_and_its_model_is_loaded_again(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "tags: [trl-core, dpo]" in card
+    assert "tags:\n- trl-core\n- dpo\n" in card
     assert "| 0 | dpo | trl-core |" in card
     assert '"beta": 0.1' in card

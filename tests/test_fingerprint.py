@@ -11,8 +11,9 @@ import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
 
+from trl_core.redaction import is_named_secret
 from trl_core.testing import tiny_model, tiny_tokenizer
-from trl_core.training.fingerprint import MOST_ROWS, UNKNOWN, adapter, description, is_secret
+from trl_core.training.fingerprint import MOST_ROWS, UNKNOWN, adapter, description
 
 from .helpers_offline import pairs, texts, tiny_classifier
 from .helpers_train import lora_config
@@ -124,11 +125,8 @@ def test_secrets_and_places_do_not_count():
     other = description(WAYS["object"](load(REWARD.replace('"k"', '"other"').replace("host:1", "elsewhere:2"))))
     assert one == other and "api_key" not in str(one)
     assert description({"token": "hf_x", "revision": "a"}) == {"revision": "a"}
-    assert [name for name in ("eos_token", "stop_token", "hub_token", "API_KEY", "password") if is_secret(name)] == [
-        "hub_token",
-        "API_KEY",
-        "password",
-    ]
+    names = ("eos_token", "stop_token", "hub_token", "API_KEY", "password")
+    assert [name for name in names if is_named_secret(name)] == ["hub_token", "API_KEY", "password"]
 
 
 def test_partial_shows_its_values():

@@ -74,7 +74,7 @@ BAD = [
     *several(
         "sft", adam_beta1=[1, 1.5, -0.1], adam_beta2=[1.0, NAN], adam_epsilon=[-1e-8, INF], max_grad_norm=[-1, NAN]
     ),
-    *several("sft", num_train_epochs=[0, -1, NAN, INF, "3", None], max_steps=[-2, 1.5, NAN, "10"]),
+    *several("sft", num_train_epochs=[-1, NAN, INF, "3", None], max_steps=[-2, 1.5, NAN, "10"]),
     *several("sft", warmup_steps=[-1, 1.5, NAN, "10"], logging_steps=[0, -1, 2.5, NAN, "10", True]),
     *several("sft", save_steps=[0, -1, 1.5, INF], eval_steps=[0, -5, 1.5], save_total_limit=[0, -3, 1.5]),
     *several("sft", per_device_train_batch_size=COUNT, per_device_eval_batch_size=[0, -1, 1.5]),
@@ -243,7 +243,7 @@ GOOD = [
     *several("grpo", importance_sampling_level=["sequence", "sequence_token"], top_entropy_quantile=[0, 1, 0.2]),
     *several("grpo", generation_kwargs=['{"do_sample": true}', {"top_k": 5}, None]),
     *several("sft", learning_rate=[0, 1, 1e-6], weight_decay=[0], adam_beta1=[0, 0.999], max_grad_norm=[0, 0.0]),
-    *several("sft", num_train_epochs=[0.5, 1, 100], max_steps=[-1, 0, 1, 7.0], warmup_steps=[0, 0.1, 10, 10.0]),
+    *several("sft", num_train_epochs=[0, 0.5, 1, 100], max_steps=[-1, 0, 1, 7.0], warmup_steps=[0, 0.1, 10, 10.0]),
     *several("sft", logging_steps=[1, 0.1, 10.0], save_steps=[1, 0.5], save_total_limit=[1, None], eval_delay=[0, 1.5]),
     *several("sft", seed=[0, 2**32 - 1, np.int64(3)], data_seed=[0, None], dataloader_num_workers=[0, 2]),
     *several("sft", bf16=[None, False, np.bool_(False)], report_to=["none", [], "all"], label_smoothing_factor=[0, 1]),

@@ -276,11 +276,11 @@ def test_given_optimizer_and_schedule_are_compared_and_act(tmp_path):
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
     again.train(resume_from_checkpoint=checkpoint)
     assert all(map(torch.equal, whole.model.state_dict().values(), again.model.state_dict().values()))
-    for changed, told in (
-        ((2e-2,), r"groups\[0\]\.(initial_)?lr: 0\.01 then, 0\.02 now"),
-        ((1e-2, 0.9), r"gamma: 0\.5 then"),
+    for folder, changed, told in (
+        ("rate", (2e-2,), r"groups\[0\]\.(initial_)?lr: 0\.01 then, 0\.02 now"),
+        ("decay", (1e-2, 0.9), r"gamma: 0\.5 then"),
     ):
-        trainer = run("other", *changed)
+        trainer = run(folder, *changed)
         with pytest.raises(CheckpointError, match=r"optimizers\[\d\]\..*" + told):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.args.resume_check = "warn"

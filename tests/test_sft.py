@@ -449,7 +449,7 @@ def spoiled(folder, how):
 
 def test_bad_loss_stops_the_run_and_shows_its_rows(tmp_path):
     trainer = spoiled(tmp_path, "stop")
-    with pytest.raises(NonFiniteLossError, match="loss at step 2 is nan; the 4 rows"):
+    with pytest.raises(NonFiniteLossError, match="loss at step 2 is nan, as the loss term 'nll' .*; the 4 rows"):
         trainer.train()
     (path,) = (tmp_path / "nonfinite").iterdir()
     shown = json.loads(path.read_text())["rows"]
@@ -478,7 +478,7 @@ def test_trainer_is_made_as_in_trl_and_its_model_is_loaded_again(tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == TOKENIZER.chat_template
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "tags: [trl-core, sft]" in card
+    assert "tags:\n- trl-core\n- sft\n" in card
     assert "| 0 | sft | trl-core |" in card
     assert '"packing": false' in card
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import TrainerCallback
 
 from trl_core import hookimpl
+from trl_core.errors import PluginError
 from trl_core.training.state import newest_complete, read_manifest
 
 from . import helpers_train
@@ -143,7 +144,7 @@ def test_signal_in_a_reward_function_leaves_a_run_that_ends_as_the_one_without(t
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     ends = []
     for folder, resume in ((tmp_path, True), (tmp_path / "whole", None)):
-        made = helpers_train.make_trainer(folder, **options)
+        made = helpers_train.make_trainer(folder, trainer={"reward_funcs": interrupting}, **options)
         made.train(resume_from_checkpoint=resume)
         ends.append(end_state(made))
     assert differences(*ends) == []
@@ -320,17 +321,18 @@ class Broken:
 
 
 def test_hook_after_the_step_that_failed_is_called_once_more_when_it_is_mended(tmp_path):
-    def made(folder, hooks):
-        trainer = make_trainer(folder, "SFT", {"callbacks": [Count()]}, **RUN)
+    def made(folder, hooks, **options):
+        trainer = make_trainer(folder, "SFT", {"callbacks": [Count()]}, **RUN, **options)
         trainer.composition.add_provider(trainer.hooks, "broken", hooks)
         return trainer
 
     untouched = made(tmp_path / "whole", Broken())
     untouched.train()
-    with pytest.raises(LookupError):
+    with pytest.raises(PluginError, match="The hook 'after_step' of broken .* raised LookupError: mine") as failed:
         made(tmp_path / "run", Broken(at=3)).train()
+    assert isinstance(failed.value.__cause__, LookupError)
     assert read_manifest(tmp_path / "run" / "checkpoint-3")["owed"]["after_step"] == ["broken"]
-    mended = made(tmp_path / "run", Broken())
+    mended = made(tmp_path / "run", Broken(), resume_check="warn")  # mended hooks are other ones
     mended.train(resume_from_checkpoint=True)
     assert differences(end_state(mended), end_state(untouched)) == []
     assert mended.state_of_run()["hooks"]["broken"]["seen"] == [1, 2, 3, 4, 5, 6]

@@ -391,7 +391,6 @@ class Hooks:
 _cache: dict[tuple[object, ...], Composition] = {}
 
 
-@discovery.scanned()
 def compose(name: str, *, require: str | None = None, warn: bool = True) -> Composition:
     """Resolve an algorithm's name, or several joined by "+", to a composition.
 
@@ -407,6 +406,11 @@ def compose(name: str, *, require: str | None = None, warn: bool = True) -> Comp
         CompositionError: the parts have no common base.
         PluginConflict, InvalidHookError: see `Composition.check`.
     """
+    with discovery.scanned():
+        return _composed(name, require, warn)
+
+
+def _composed(name: str, require: str | None, warn: bool) -> Composition:
     parts: dict[str, Part] = {}
     roots: dict[str, str] = {}
     asked: list[Part] = []

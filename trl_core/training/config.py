@@ -45,7 +45,7 @@ class CoreConfig(TrainingArguments):
         **_each("logging_steps eval_steps save_steps", gt=0, whole_from=1),
         **_each("warmup_steps", ge=0, whole_from=1),
         **_each("max_steps local_rank", ge=-1),
-        **_each("num_train_epochs", gt=0),
+        **_each("num_train_epochs", ge=0),
         **_each("learning_rate weight_decay adam_epsilon max_grad_norm", ge=0),
         **_each("neftune_noise_alpha eval_delay dataloader_num_workers", ge=0),
         **_each("adam_beta1 adam_beta2", ge=0, lt=1),

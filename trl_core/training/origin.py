@@ -85,7 +85,9 @@ def compared_options(args: Any) -> dict[str, Any]:
         for field in dataclasses.fields(args)
         if (field.name not in free if field.name in theirs else field.metadata.get("resume", True))
     }
-    return {name: described(_plain(value)) for name, value in named.items()}
+    found = {name: described(_plain(value)) for name, value in named.items()}
+    # A dictionary that holds nothing but secrets is as good as none.
+    return {name: None if value == {} else value for name, value in found.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -513,7 +513,10 @@ def test_failing_step_leaves_the_buffer_as_it_was_before(tmp_path):
         failing.train()
     assert [entry[1] for entry in buffer(failing).heap] == [entry[1] for entry in fails.states[-1]["heap"]]
     assert buffer(failing).pushed == fails.states[-1]["pushed"] == 10
-    resumed = make_trainer(tmp_path / "failing", generations, **options)
+    never = FailOnce(0)
+    never.trainer = resumed = make_trainer(
+        tmp_path / "failing", generations, arguments={"callbacks": [never]}, **options
+    )
     resumed.train(resume_from_checkpoint=True)
     same_end(end(resumed), expected)
 
