@@ -481,7 +481,7 @@ class Backend:
         ({"completion_ids": [[5, 1]] * 4, "logps": [[-1.0]] * 4}, "returned logps that do not fit"),
         ({"completion_ids": [[5, 1]] * 4, "logps": [[-1.0], [-1.0] * 3, [-1.0] * 2, [-1.0] * 2]}, "returned logps"),
         ({"completion_ids": [[5, 1]] * 4, "loss_mask": [[True]] * 4}, "returned loss_mask that do not fit"),
-        ({"completion_ids": [[5, 1]] * 4, "prompt_ids": [[7]] * 3}, "prompt_lengths has 3 entries; expected 4"),
+        ({"completion_ids": [[5, 1]] * 4, "prompt_ids": [[7]] * 3}, "returned 3 prompt_ids for 4 rows"),
     ],
 )
 def test_backend_that_answers_wrongly_is_told(answer, named, tmp_path):

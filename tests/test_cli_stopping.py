@@ -111,7 +111,7 @@ def test_stopped_run_says_the_command_that_goes_on_and_the_finished_one_changes_
     assert refused.code == with_auto.code == 2
     assert "checkpoint-3 of another run" in refused.err and "--overwrite" in refused.err
     (out / "mine.txt").write_text("mine")
-    replaced = train(*NEEDED, "--output_dir", str(out), "--overwrite", "--max_steps", "1", "--resume", "auto")
+    replaced = train(*NEEDED, "--output_dir", str(out), "--overwrite", "--resume", "auto")
     assert replaced.code == 0 and (out / "mine.txt").exists()
 
 
@@ -131,9 +131,12 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
         ),
         (["--resume", "--overwrite", "--lora", "a b"], ["--lora", "a b"]),
         (["--resume-from-checkpoint=x/checkpoint-3", "--no-overwrite"], []),
-        (["--eos_token", "x", "--hub_token", "hf_abc", "--bf16"], ["--eos_token", "x", "--hub_token", "...", "--bf16"]),
-        (["--hub-token=hf_abc"], ["..."]),
-        (["--model_init_kwargs", '{"token": "hf_abc"}'], ["--model_init_kwargs", "..."]),
+        (
+            ["--eos_token", "x", "--hub_token", "hf_abc", "--bf16"],
+            ["--eos_token", "x", "--hub_token", "<hidden>", "--bf16"],
+        ),
+        (["--hub-token=hf_abc"], ["--hub-token=<hidden>"]),
+        (["--model_init_kwargs", '{"token": "hf_abc"}'], ["--model_init_kwargs", '{"token": <hidden>}']),
     ],
 )
 def test_command_that_goes_on_is_the_given_one_without_secrets(words, kept):

@@ -484,7 +484,7 @@ SOURCE_MUTATIONS = {
         "    def _hidden(self): ...\n\n    def validate(self",
         None,
     ),
-    "docstring": ("options.py", '"""A dataclass field with its help text.', '"""An option.', None),
+    "docstring": ("options.py", '"""A dataclass field with its help text', '"""An option.', None),
 }
 
 

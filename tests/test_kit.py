@@ -136,7 +136,7 @@ def test_check_of_an_algorithm_without_its_folder_takes_options(tmp_path):
     ("arguments", "what"),
     [
         (["grpo", "--set", "betta=1"], "has no option 'betta'"),
-        (["grpo", "--set", "beta=high"], "'high' is no float"),
+        (["grpo", "--set", "beta=high"], "beta='high' (str) is not a finite number"),
         (["no_such_algorithm"], "No installed distribution"),
     ],
 )

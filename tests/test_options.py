@@ -215,7 +215,7 @@ def test_options_that_do_not_fit_each_other_are_named(algorithm, options, told):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"dtype": "float31"}, "dtype='float31' is no type"), ({"bogus": 1}, "unexpected keyword argument 'bogus'")],
+    [({"dtype": "float31"}, "there is no dtype 'float31'"), ({"bogus": 1}, "unexpected keyword argument 'bogus'")],
 )
 def test_argument_of_the_model_that_cannot_be_is_named(options, named, tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
@@ -246,7 +246,7 @@ GOOD = [
     *several("sft", num_train_epochs=[0, 0.5, 1, 100], max_steps=[-1, 0, 1, 7.0], warmup_steps=[0, 0.1, 10, 10.0]),
     *several("sft", logging_steps=[1, 0.1, 10.0], save_steps=[1, 0.5], save_total_limit=[1, None], eval_delay=[0, 1.5]),
     *several("sft", seed=[0, 2**32 - 1, np.int64(3)], data_seed=[0, None], dataloader_num_workers=[0, 2]),
-    *several("sft", bf16=[None, False, np.bool_(False)], report_to=["none", [], "all"], label_smoothing_factor=[0, 1]),
+    *several("sft", bf16=[None, False, np.bool_(False)], report_to=["none", []], label_smoothing_factor=[0, 1]),
     *several(
         "sft", lr_scheduler_type=["cosine"], eval_strategy=["epoch"], accelerator_config=['{"even_batches": false}']
     ),
@@ -468,7 +468,7 @@ DATA = {"sft": texts, "dpo": pairs, "reward": pairs, "grpo": prompts, "gfpo": pr
     [
         ({"model": None}, "model is None"),
         ({"model": 5}, "model is 5"),
-        ({"model": ""}, "model is ''"),
+        ({"model": ""}, "model '' cannot be loaded"),
         ({"model": torch.nn.Linear}, "model is <class"),
         ({"model": ["a"]}, r"model is \['a'\]"),
         ({"ref_model": 5}, "ref_model is 5"),
@@ -564,8 +564,7 @@ def test_command_line_says_the_same(algorithm, name, value, told, place, tmp_pat
     more = [f"--{name}={value}"] if place == "flag" else ["--config", "run.yaml"]
     done = train(*needed, *more, algorithm=algorithm)
     assert done.code == 2
-    # A number of a file is one already, and "nan" of a file is text in YAML.
-    assert told.replace("'2.5' (str)", "2.5" if place == "file" else "'2.5' (str)").split("'2.5'")[0] in done.err
+    assert told in done.err
     assert "To mend:" in done.err
     assert "Traceback" not in done.err
     assert ("run.yaml: " if place == "file" else "The command line: ") in done.err

@@ -89,7 +89,7 @@ def test_capitals_of_the_name_stay_in_its_classes(tmp_path):
     ],
 )
 def test_range_is_this_minor_release_and_the_next(core, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_core.discovery.importlib_metadata.version", lambda _: core)
+    monkeypatch.setattr("trl_core.cli.new.core_version", lambda: core)
     assert Project(new(tmp_path, "ranged", "--stands-alone")).table["dependencies"] == [expected]
 
 

@@ -328,7 +328,7 @@ def test_hook_after_the_step_that_failed_is_called_once_more_when_it_is_mended(t
 
     untouched = made(tmp_path / "whole", Broken())
     untouched.train()
-    with pytest.raises(PluginError, match="The hook 'after_step' of broken .* raised LookupError: mine") as failed:
+    with pytest.raises(PluginError, match=r"The hook 'after_step' of broken .* raised LookupError: mine") as failed:
         made(tmp_path / "run", Broken(at=3)).train()
     assert isinstance(failed.value.__cause__, LookupError)
     assert read_manifest(tmp_path / "run" / "checkpoint-3")["owed"]["after_step"] == ["broken"]

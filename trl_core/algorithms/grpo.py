@@ -50,8 +50,7 @@ class GRPOConfig(ReferenceOptions, OnlineConfig):
     delta: float | None = option(None, "Upper bound of the ratio for negative advantages (two-sided clipping).", gt=0)
     importance_sampling_level: str = option(
         "token",
-        "'token', 'sequence' (GSPO), or with the algorithm gspo_token 'sequence_token'.",
-        choices=("token", "sequence", "sequence_token"),
+        "'token', 'sequence' (GSPO), or with the algorithm gspo_token 'sequence_token'.",  # plugins add levels
     )
     loss_type: str = option("dapo", "grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.", choices=LOSS_TYPES)
     scale_rewards: str | bool = option(

@@ -56,6 +56,8 @@ class SFTConfig(OfflineConfig):
         """Label smoothing looks at the whole vocabulary."""
         return ("mean_logp",) if self.label_smoothing_factor else ()
 
+    smooths_labels = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.loss_type = ALIASES.get(self.loss_type, self.loss_type)

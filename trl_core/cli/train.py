@@ -248,7 +248,7 @@ def _field(name: str) -> Field:
 
 
 def _adapter(settings: dict[str, Any], task: str) -> Any:
-    mend = "pip install 'trl-core[peft]'; give options of LoraConfig."
+    mend = "Give options of peft.LoraConfig that fit together."
     for name, fits in (("r", lambda r: type(r) is int and r >= 1), ("lora_dropout", lambda p: 0 <= p < 1)):
         with contextlib.suppress(TypeError):
             if name in settings and fits(settings[name]):

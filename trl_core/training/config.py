@@ -136,6 +136,9 @@ class CoreConfig(TrainingArguments):
         check_names(cls, options)
         return super().__new__(cls)
 
+    smooths_labels = False
+    """Whether the loss acts on `label_smoothing_factor`."""
+
     def __post_init__(self) -> None:
         remember(self)
         check_options(self)
@@ -152,6 +155,11 @@ class CoreConfig(TrainingArguments):
             self.gradient_checkpointing = None
         if self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = None
+        require(
+            not self.label_smoothing_factor or self.smooths_labels,
+            f"label_smoothing_factor={self.label_smoothing_factor} is ignored by the losses of this algorithm.",
+            "Leave it out; SFT takes it, and some preference losses have an option label_smoothing.",
+        )
         self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
         _check_trackers(self.report_to)
         require(
