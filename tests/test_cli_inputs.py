@@ -55,10 +55,10 @@ FILES = {
     "binary": (bytes(range(256)), "cannot be read"),
     "control": (b"seed: \x00", "cannot be read: .*special characters"),
     "huge": (b"#" * (2**18 + 1), "has 262145 bytes"),
-    "time": ("max_steps: 1:30", "max_steps='1:30' (str) is not a whole number"),
-    "fraction": ("max_steps: 1.5", "max_steps='1.5' (str) is not a whole number"),
+    "time": ("max_steps: 1:30", "max_steps='1:30' .str. is not a whole number"),
+    "fraction": ("max_steps: 1.5", "max_steps='1.5' .str. is not a whole number"),
     "mapping for a number": ("max_steps: {a: 1}", r"max_steps={'a': 1} \(dict\) is not a whole number"),
-    "infinite int": ("max_steps: .inf", "max_steps='.inf' (str) is not a whole number"),
+    "infinite int": ("max_steps: .inf", "max_steps='.inf' .str. is not a whole number"),
     "lr": ("lr: 1", r"run.yaml: there is no option 'lr'. Did you mean 'learning_rate'"),
 }
 

@@ -449,7 +449,7 @@ def spoiled(folder, how):
 
 def test_bad_loss_stops_the_run_and_shows_its_rows(tmp_path):
     trainer = spoiled(tmp_path, "stop")
-    with pytest.raises(NonFiniteLossError, match="loss at step 2 is nan, as the loss term 'nll' .*; the 4 rows"):
+    with pytest.raises(NonFiniteLossError, match=r"loss at step 2 is nan, as the loss term 'nll' .*; the 4 rows"):
         trainer.train()
     (path,) = (tmp_path / "nonfinite").iterdir()
     shown = json.loads(path.read_text())["rows"]
