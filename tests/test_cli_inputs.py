@@ -171,7 +171,9 @@ def test_few_aliases_are_fine(tmp_path):
 )
 def test_words_that_do_not_fit_are_refused(words, named, refused, monkeypatch):  # noqa: F811
     monkeypatch.setattr("trl_core.training.config.get_available_reporting_integrations", list)
-    assert named in refused(*words)
+    message = refused(*words)
+    assert all(part in message for part in named.split(" | ")), message
+    assert "without quotes" not in message  # there need be none
 
 
 @pytest.mark.parametrize("value", ["-1", "-1e-5", "-.5"])
@@ -199,10 +201,21 @@ def test_unknown_command_or_algorithm_is_refused(words, named, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_no_algorithm_is_refused(capsys):
-    with pytest.raises(SystemExit) as left:
-        main(["train"])
-    assert left.value.code == 2 and "NAME" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "The command line: no NAME of an algorithm"),
+        (["--config", "x.yaml", "grpo"], "The command line: --config is not expected before NAME"),
+        (["--hub_token=hidden", "grpo"], "The command line: --hub_token is not expected before NAME"),
+        (["--config=x.yaml"], "The command line: --config is not expected before NAME"),
+        (["-x", "grpo"], "The command line: -x is not expected before NAME"),
+    ],
+)
+def test_name_that_is_missing_or_not_first_is_refused_with_the_order(words, named, capsys):
+    assert main(["train", *words]) == 2
+    told = capsys.readouterr().err
+    assert "ConfigError" in told and named in told and "hidden" not in told
+    assert "To mend: Write it so: trl-core train NAME [--config FILE.yaml]" in told
 
 
 def test_synonyms_lead_to_options_that_exist():

@@ -263,6 +263,23 @@ GOOD = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value"),
+    [
+        ("dpo", "label_smoothing_factor", 0.1),
+        ("sft", "label_names", ["labels"]),
+        ("grpo", "include_for_metrics", ["loss"]),
+        ("reward", "batch_eval_metrics", True),
+        ("grpo", "train_sampling_strategy", "group_by_length"),
+    ],
+)
+def test_option_of_transformers_that_does_nothing_here_is_refused(algorithm, name, value):
+    with pytest.raises(errors.ConfigError, match=f"{name}=.* has no effect here") as caught:
+        config(algorithm, **{name: value})
+    assert len(caught.value.mend) > 20
+    config(algorithm, **{name: getattr(config(algorithm), name)})
+
+
 def test_there_are_many_neighbours():
     assert len(GOOD) >= 100
 

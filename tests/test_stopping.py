@@ -377,3 +377,26 @@ def test_last_line_has_the_steps_that_were_not_logged_before(tmp_path):
 )
 def test_steps_are_logged_once(options, steps, tmp_path):
     assert [line["step"] for line in lines(tmp_path, **options)] == steps
+
+
+def test_evaluation_that_a_callback_wants_is_made_up_for(tmp_path):
+    class Wants(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_evaluate |= state.global_step == 2
+
+    def trainer(folder, *callbacks):
+        return run(folder, Wants(), *callbacks, eval_strategy="no", max_steps=3)
+
+    def evaluated(trained):
+        lines = [{k: v for k, v in line.items() if "time" not in k and "second" not in k} for line in trained]
+        return [line for line in lines if any(name.startswith("eval_") for name in line)]
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    stop = At("on_step_begin", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        trainer(tmp_path / "run", stop).train()
+    resumed = trainer(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert len(evaluated(whole.state.log_history)) == 1
+    assert evaluated(resumed.state.log_history) == evaluated(whole.state.log_history)

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of the subcommand; those of the algorithm are known only once it is named."""
     parser.usage = "trl-core train NAME [--config FILE.yaml] [--OPTION VALUE ...]"
     parser.epilog = "`trl-core train NAME --help` lists all options of an algorithm or composition."
-    parser.add_argument("name", metavar="NAME", help="algorithm, or several joined by +")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="algorithm, or several joined by +")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTION", help="see the help of an algorithm")
 
 
@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> None:
     from ..composition import compose
 
+    usage = "Write it so: trl-core train NAME [--config FILE.yaml] [--OPTION VALUE ...]; `trl-core list` shows names."
+    require(args.name is not None, "The command line: no NAME of an algorithm is given.", usage)
     composition = compose(args.name)
     arguments = [(name, Any, option(None, text)) for name, text in composition.arguments.items()]
     groups = groups_of(composition)

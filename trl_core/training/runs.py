@@ -131,7 +131,8 @@ class RunTrainer(CheckpointedTrainer):
             self.after_step(set(owed["after_step"]))
             if self.callback_handler.failure is not None:
                 raise self.callback_handler.failure
-        if owed.get("evaluation") and self.args.eval_strategy != IntervalStrategy.NO:
+        # Not asked of eval_strategy: a callback may have wanted it.
+        if owed.get("evaluation") and self.eval_dataset is not None:
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def after_step(self, only: set[str] | None = None) -> None:
