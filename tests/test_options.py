@@ -106,7 +106,7 @@ BAD = [
     # of GRPO and what extends it
     *several("grpo", beta=[-0.1, NAN, "0"], epsilon=[-0.5, NAN, INF, None], epsilon_high=[-1, INF], delta=[0, NAN]),
     *several("grpo", scale_rewards=["row", 1, None], top_entropy_quantile=SHARE, entropy_coef=[NAN, "0"]),
-    *several("grpo", importance_sampling_level=["word"], multi_objective_aggregation=["max"], sapo_temperature_pos=[0]),
+    *several("grpo", multi_objective_aggregation=["max"], sapo_temperature_pos=[0]),
     *several("grpo", vespo_k_pos=[-1], vllm_importance_sampling_mode=["row_mask"]),
     *several("grpo", vllm_importance_sampling_clip_max=[0, NAN], off_policy_mask_threshold=[-1, INF]),
     *several("gfpo", num_remains_in_group=[2.5, 1, 0, -2, "4", True, NAN], gfpo_std=["x"], gfpo_denominator=[None]),
@@ -266,7 +266,6 @@ GOOD = [
 @pytest.mark.parametrize(
     ("algorithm", "name", "value"),
     [
-        ("dpo", "label_smoothing_factor", 0.1),
         ("sft", "label_names", ["labels"]),
         ("grpo", "include_for_metrics", ["loss"]),
         ("reward", "batch_eval_metrics", True),

@@ -15,6 +15,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import ConfigError
 from ..options import Field, checked, fields_of, kinds
 from ..redaction import HIDDEN, marked_in, redacted
 
@@ -56,7 +57,10 @@ def read(value: Any, f: Field) -> Any:
     """
     with contextlib.suppress(TypeError):
         value = _read(value, f.type)
-    return checked(value, f)
+    try:
+        return checked(value, f)
+    except ConfigError as error:  # a value that is written is text, with quotes or without
+        raise ConfigError(error.what, mend=error.mend.replace(", without quotes", "")) from None
 
 
 def _read(value: Any, hint: Any) -> Any:

@@ -89,7 +89,13 @@ def _run(arguments: list[str], asked: str | None) -> int:
     if asked is not None and asked not in COMMANDS:
         what = f"There is no command {asked!r}.{did_you_mean(asked, COMMANDS)}"
         raise ConfigError(what, mend="`trl-core --help` lists the commands.")
-    args = parser.parse_args(arguments)
+    args, left = parser.parse_known_args(arguments)
+    if left and asked == "train":
+        shown = " ".join(word.partition("=")[0] for word in left)  # a value may be a secret
+        what = f"The command line: {shown} is not expected before NAME, the algorithm."
+        raise ConfigError(what, mend=f"Write it so: {subparsers.choices[asked].usage}.")
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     if args.version:
         from ..discovery import core_version
 

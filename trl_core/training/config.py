@@ -136,6 +136,11 @@ class CoreConfig(TrainingArguments):
         check_names(cls, options)
         return super().__new__(cls)
 
+    without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("include_for_metrics", "batch_eval_metrics", "label_names"),
+        "Leave it out: evaluation logs the metrics of the trainer, and no function of yours is called with predictions.",
+    )
+    """Options of transformers that nothing acts on here, and what to do instead."""
     smooths_labels = False
     """Whether the loss acts on `label_smoothing_factor`."""
 
@@ -160,6 +165,9 @@ class CoreConfig(TrainingArguments):
             f"label_smoothing_factor={self.label_smoothing_factor} is ignored by the losses of this algorithm.",
             "Leave it out; SFT takes it, and some preference losses have an option label_smoothing.",
         )
+        for f in fields_of(type(self)):
+            if (mend := self.without_effect.get(f.name)) and (value := getattr(self, f.name)) != f.default:
+                raise ConfigError(f"{f.name}={value!r} has no effect here.", mend=mend)
         self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
         _check_trackers(self.report_to)
         require(
@@ -363,6 +371,10 @@ class OnlineConfig(CoreConfig):
     )
     num_completions_to_print: int | None = option(5, "Rows of the printed sample; 0 prints none.", ge=0, resume=False)
 
+    without_effect: ClassVar[dict[str, str]] = {
+        **CoreConfig.without_effect,
+        "train_sampling_strategy": "Leave it out: prompts come group by group; shuffle_dataset=False keeps their order.",
+    }
     minimum_generations = 1
     reshuffles = False
     """Whether each pass over a generation batch cuts it into micro-batches in an order of its own."""

@@ -371,7 +371,7 @@ def test_weight_by_length_is_warned_of(algorithm, loss_type, warned, tmp_path, c
 
 
 def test_unknown_level_is_refused(tmp_path):
-    with pytest.raises(errors.ConfigError, match="'word' is none of: 'token', 'sequence', 'sequence_token'"):
+    with pytest.raises(errors.ConfigError, match="'word' is none of this trainer's: 'token', 'sequence', 'sequence_to"):
         make_trainer(tmp_path, importance_sampling_level="word")
 
 
