@@ -205,10 +205,10 @@ def test_unknown_command_or_algorithm_is_refused(words, named, capsys):
     ("words", "named"),
     [
         ([], "The command line: no NAME of an algorithm"),
-        (["--config", "x.yaml", "grpo"], "The command line: --config is not expected before NAME"),
-        (["--hub_token=hidden", "grpo"], "The command line: --hub_token is not expected before NAME"),
-        (["--config=x.yaml"], "The command line: --config is not expected before NAME"),
-        (["-x", "grpo"], "The command line: -x is not expected before NAME"),
+        (["--config", "x.yaml", "grpo"], "The command line: NAME, the algorithm, comes before '--config'."),
+        (["--hub_token=hidden", "grpo"], "The command line: NAME, the algorithm, comes before '--hub_token'."),
+        (["--config=x.yaml"], "The command line: NAME, the algorithm, comes before '--config'."),
+        (["-x", "grpo"], "The command line: NAME, the algorithm, comes before '-x'."),
     ],
 )
 def test_name_that_is_missing_or_not_first_is_refused_with_the_order(words, named, capsys):

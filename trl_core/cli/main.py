@@ -92,7 +92,7 @@ def _run(arguments: list[str], asked: str | None) -> int:
     args, left = parser.parse_known_args(arguments)
     if left and asked == "train":
         shown = " ".join(word.partition("=")[0] for word in left)  # a value may be a secret
-        what = f"The command line: {shown} is not expected before NAME, the algorithm."
+        what = f"The command line: NAME, the algorithm, comes before {shown!r}."
         raise ConfigError(what, mend=f"Write it so: {subparsers.choices[asked].usage}.")
     if left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")

@@ -138,7 +138,7 @@ class CoreConfig(TrainingArguments):
 
     without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
         ("include_for_metrics", "batch_eval_metrics", "label_names"),
-        "Leave it out: evaluation logs the metrics of the trainer, and no function of yours is called with predictions.",
+        "Leave it out: evaluation logs the trainer's metrics, and calls no function of yours with predictions.",
     )
     """Options of transformers that nothing acts on here, and what to do instead."""
     smooths_labels = False
@@ -165,7 +165,8 @@ class CoreConfig(TrainingArguments):
             f"label_smoothing_factor={self.label_smoothing_factor} is ignored by the losses of this algorithm.",
             "Leave it out; SFT takes it, and some preference losses have an option label_smoothing.",
         )
-        for f in fields_of(type(self)):
+        cls: Any = type(self)
+        for f in fields_of(cls):
             if (mend := self.without_effect.get(f.name)) and (value := getattr(self, f.name)) != f.default:
                 raise ConfigError(f"{f.name}={value!r} has no effect here.", mend=mend)
         self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
@@ -373,7 +374,7 @@ class OnlineConfig(CoreConfig):
 
     without_effect: ClassVar[dict[str, str]] = {
         **CoreConfig.without_effect,
-        "train_sampling_strategy": "Leave it out: prompts come group by group; shuffle_dataset=False keeps their order.",
+        "train_sampling_strategy": "Leave it out; shuffle_dataset=False keeps the order of the prompts.",
     }
     minimum_generations = 1
     reshuffles = False
