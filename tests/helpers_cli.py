@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,13 @@ def train(*words: str, algorithm: str) -> SimpleNamespace:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["train", algorithm, *words])
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def work_in(folder: Path, monkeypatch: Any) -> None:
+    """Work in the folder for one test, and leave the import path and the user's cache alone."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
 
 
 def metrics(folder: Path | str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl_core import get_config, get_trainer
 from trl_core.testing import FixedRollouts, tiny_model, tiny_tokenizer
+from trl_core.training.state import newest_sound
 
 TOKENIZER = tiny_tokenizer()
 CLOCKS = ("time/", "step_time", "train_runtime", "train_s", "eval_runtime", "eval_s", "eval_time/", "eval_step_time")
@@ -275,3 +276,8 @@ def run_in_two(script: Path, folder: Path, *, forked: bool = False) -> tuple[int
             os.killpg(job.pid, signal.SIGKILL)
             raise
     return code, (folder / "stderr").read_text()
+
+
+def newest_checkpoint(folder):
+    """The checkpoint of the highest step, read whole; None if there is none that can be resumed from."""
+    return newest_sound(folder)[0]

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from trl_core.cli.main import main
 from trl_core.options import fields_of
 from trl_core.testing import tiny_model, tiny_tokenizer
 
-from .helpers_cli import flags, metrics, train
+from .helpers_cli import flags, metrics, train, work_in
 
 ALGORITHMS = ("sft", "reward", "dpo", "bema")
 DATA = {"sft": "texts.jsonl", "reward": "pairs.jsonl", "dpo": "pairs.jsonl", "bema": "pairs.jsonl"}
@@ -59,10 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def there(folder, monkeypatch):
-    """Work in the folder, and leave the import path and the user's cache alone."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
+    work_in(folder, monkeypatch)
 
 
 def needed(algorithm):

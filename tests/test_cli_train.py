@@ -72,10 +72,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def there(folder, monkeypatch):
-    """Work in the folder, and leave the import path and the user's cache alone."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
+    helpers_cli.work_in(folder, monkeypatch)
 
 
 NEEDED = flags(model="model", dataset="prompts.jsonl", reward_funcs="functions.py:length")

@@ -14,11 +14,11 @@ from trl_core.errors import OutputDirError
 from trl_core.training import folder as folder_module
 from trl_core.training.callbacks import JsonlMetricsCallback
 from trl_core.training.folder import LOCK_FILE, RunFolder
-from trl_core.training.state import PARTIAL, RUN_FILE, newest_complete, read_run
+from trl_core.training.state import PARTIAL, RUN_FILE, read_run
 
 from . import helpers_cli
 from .helpers_offline import make_trainer, texts
-from .helpers_train import differences, end_state
+from .helpers_train import differences, end_state, newest_checkpoint
 
 SLOW = pytest.mark.slow
 RUN = {
@@ -335,7 +335,7 @@ def test_folders_that_the_run_did_not_write_are_neither_counted_nor_deleted(fini
     run(tmp_path, save_total_limit=1).train(resume_from_checkpoint=True)
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-500", "checkpoint-90"]
     assert before.items() <= seen(tmp_path).items()
-    assert newest_complete(tmp_path).name == "checkpoint-4"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(("step", "period"), [(4, 3), pytest.param(2, 2, marks=SLOW)])
@@ -357,7 +357,7 @@ def test_name_that_turns_out_to_be_taken_is_left_and_said(tmp_path, caplog):
     run(tmp_path, save_strategy="epoch").train()
     assert not [*(tmp_path / "checkpoint-2").iterdir()]
     assert "checkpoint-2 is not of this run and stays as it is" in caplog.text
-    assert newest_complete(tmp_path).name == "checkpoint-4"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
 
 
 def test_checkpoint_that_was_complete_but_for_its_name_gets_it(done):

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "algorithm": set(),
     "install": set(),
     "names": {"errors"},
-    "options": {"errors", "names"},
+    "options": {"redaction", "errors", "names"},
     "stability": {"errors", "algorithm"},
     "discovery": {"errors", "install", "algorithm", "stability"},
     "project": _DISCOVERY,

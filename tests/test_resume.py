@@ -17,7 +17,7 @@ from trl_core.errors import CheckpointError, NonFiniteLossError, RewardError
 from trl_core.testing import FixedRollouts, tiny_model
 from trl_core.training import metrics as metrics_module
 from trl_core.training.metrics import Metrics
-from trl_core.training.state import PARTIAL, newest_complete, read_manifest
+from trl_core.training.state import PARTIAL, read_manifest
 
 from .helpers_train import (
     KILLED,
@@ -27,6 +27,7 @@ from .helpers_train import (
     end_state,
     lora_config,
     make_trainer,
+    newest_checkpoint,
     prompt_dataset,
     prompt_stream,
     reward,
@@ -210,7 +211,7 @@ def test_killed_run_resumes_to_the_same_end(where, killed):
 def test_kill_during_a_save_leaves_the_earlier_checkpoint(where, killed, tmp_path):
     folder = shutil.copytree(killed[0] / f"{where}-as-left", tmp_path / "copy")
     # The run kept one checkpoint; the fourth was being written.
-    assert newest_complete(folder) == folder / "checkpoint-3"
+    assert newest_checkpoint(folder) == folder / "checkpoint-3"
     # What was written of it has not its name.
     assert not (folder / "checkpoint-4").exists() and (folder / PARTIAL / "checkpoint-4").is_dir()
 
@@ -376,7 +377,7 @@ def test_run_with_mended_reward_equals_the_one_that_never_failed(how, shape, tmp
     with pytest.raises(RewardError, match=message):
         broken.train()
     function.release.set()
-    assert newest_complete(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{step}"
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{step}"
     mended, _ = failing_run(tmp_path / "run", None, call, **options)
     with pytest.raises(CheckpointError, match=rf"reward_funcs\[0\]\.how: '{how}' then, None now"):
         mended.train(resume_from_checkpoint=True)
@@ -402,12 +403,12 @@ def test_failure_leaves_a_checkpoint_of_its_step_alone(tmp_path):
 
     def noted(model, trial):
         save(model, trial)
-        written.setdefault(trainer.state.global_step, newest_complete(tmp_path).stat().st_mtime_ns)
+        written.setdefault(trainer.state.global_step, newest_checkpoint(tmp_path).stat().st_mtime_ns)
 
     trainer._save_checkpoint = noted
     with pytest.raises(RewardError):
         trainer.train()
-    newest = newest_complete(tmp_path)
+    newest = newest_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-4" and newest.stat().st_mtime_ns == written[4]
 
 
@@ -432,7 +433,7 @@ def test_failure_in_evaluation_leaves_a_checkpoint(tmp_path):
     broken, _ = failing_run(tmp_path / "run", "raises", 3, trainer=evaluated, **options)
     with pytest.raises(RewardError):
         broken.train()
-    assert newest_complete(tmp_path / "run") == tmp_path / "run" / "checkpoint-6"
+    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-6"
     mended, _ = failing_run(tmp_path / "run", None, 0, trainer=evaluated, max_steps=8, resume_check="warn")
     mended.train(resume_from_checkpoint=True)
     assert differences(end_state(mended)["weights"], end_state(whole)["weights"]) == []

@@ -21,11 +21,10 @@ from trl_core import get_config, hookimpl
 from trl_core.errors import ConfigError, HookResultError, RewardError
 from trl_core.processes import FunctionFailed
 from trl_core.stages.rewards import RewardFunctions
-from trl_core.training.state import newest_complete
 
 from . import helpers_rewards as functions
 from .helpers_online import table, weights
-from .helpers_train import CLOCKS, differences, end_state, make_trainer, prompt_dataset, run_in_two
+from .helpers_train import CLOCKS, differences, end_state, make_trainer, newest_checkpoint, prompt_dataset, run_in_two
 
 LIMIT = 30.0
 SMALL = {"max_steps": 2, "steps_per_generation": 1, "num_iterations": 1, "save_strategy": "no"}
@@ -346,7 +345,7 @@ def test_failure_in_an_evaluation_stops_the_run_after_saving(tmp_path):
     trainer = trainer_of(tmp_path, flaky, evaluation=dataset(3), **options)
     with pytest.raises(RewardError, match="'flaky' raised KeyError: 'no such answer'"):
         trainer.train()
-    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 class FailsAt(Watch):
@@ -411,7 +410,7 @@ def test_failure_of_one_of_two_processes_stops_both_after_saving(two):
     assert own["error"][0] == "RewardError" and "'flaky' raised KeyError: 'no such answer'" in own["error"][1]
     assert "Process 1 failed: The reward function 'flaky' raised KeyError" in other["error"][1]
     assert own["step"] == other["step"] == 2
-    assert newest_complete(two / "flaky") == two / "flaky" / "checkpoint-2"
+    assert newest_checkpoint(two / "flaky") == two / "flaky" / "checkpoint-2"
 
 
 # -- processes of reward functions ------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 
 from trl_core import hookimpl
 from trl_core.errors import PluginError
-from trl_core.training.state import newest_complete, read_manifest
+from trl_core.training.state import read_manifest
 
 from . import helpers_train
 from .helpers_offline import make_trainer, texts
-from .helpers_train import differences, end_state, reward
+from .helpers_train import differences, end_state, newest_checkpoint, reward
 
 SLOW = pytest.mark.slow
 # Two steps an epoch; the order, Adam and the schedule have a state of their own.
@@ -122,7 +122,7 @@ def test_signal_stops_at_the_end_of_the_step_and_the_run_goes_on_from_there(
         f"Stopped by {signal.Signals(number).name} after step {saved} of 6. Checkpoint: {tmp_path}/checkpoint-{saved}. "
         "Go on: trainer.train(resume_from_checkpoint=True)"
     )
-    assert newest_complete(tmp_path).name == f"checkpoint-{saved}"
+    assert newest_checkpoint(tmp_path).name == f"checkpoint-{saved}"
     assert differences(resumed(tmp_path, **EVALUATED), whole(**EVALUATED)) == []
 
 
@@ -158,7 +158,7 @@ def test_second_signal_stops_at_once(tmp_path, capsys):
     trainer = run(tmp_path, At("on_step_begin", 3, twice), save_strategy="steps", save_steps=2)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert newest_complete(tmp_path).name == "checkpoint-2"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
     assert "checkpoint-2. Go on" in capsys.readouterr().err
 
 
@@ -186,7 +186,7 @@ def test_signal_in_an_evaluation_does_not_wait_for_its_end(whole, tmp_path):
     trainer._evaluate_batch = interrupting
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert len(batches) == 1 and newest_complete(tmp_path).name == "checkpoint-2"
+    assert len(batches) == 1 and newest_checkpoint(tmp_path).name == "checkpoint-2"
     # What was cut short is done when the run goes on, so that its log is that of a run without a stop.
     options = {"per_device_eval_batch_size": 1, **EVALUATED}
     assert differences(resumed(tmp_path, **options), whole(**options)) == []
@@ -198,7 +198,7 @@ def test_stop_at_the_end_of_an_epoch_loses_nothing_that_was_due_there(at, whole,
     trainer = run(tmp_path, At("on_step_begin", at, send(signal.SIGTERM)), **options)
     with pytest.raises(SystemExit):
         trainer.train()
-    assert newest_complete(tmp_path).name == f"checkpoint-{at + 1}"
+    assert newest_checkpoint(tmp_path).name == f"checkpoint-{at + 1}"
     assert differences(resumed(tmp_path, **options), whole(**options)) == []
 
 
@@ -271,7 +271,7 @@ def test_callback_that_fails_costs_no_step(event, at, saved, whole, tmp_path):
     trainer = run(tmp_path, At(event, at, fail), save_strategy="steps", save_steps=3, **options)
     with pytest.raises(LookupError, match="mine"):
         trainer.train()
-    assert newest_complete(tmp_path).name == f"checkpoint-{saved}"
+    assert newest_checkpoint(tmp_path).name == f"checkpoint-{saved}"
     assert differences(resumed(tmp_path, **options), whole(**options)) == []
 
 
@@ -282,7 +282,7 @@ def test_keyboard_interrupt_from_a_callback_is_raised_after_the_checkpoint(tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, At("on_step_end", 3, interrupt)).train()
-    assert newest_complete(tmp_path).name == "checkpoint-3"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 @SLOW
@@ -298,7 +298,7 @@ def test_keyboard_interrupt_from_a_reward_function_is_that_of_the_run(tmp_path):
     options = {"steps_per_generation": 1, "num_iterations": 1, "max_steps": 3, "save_strategy": "no"}
     with pytest.raises(KeyboardInterrupt):
         helpers_train.make_trainer(tmp_path, trainer={"reward_funcs": interrupting}, **options).train()
-    assert newest_complete(tmp_path).name == "checkpoint-1"
+    assert newest_checkpoint(tmp_path).name == "checkpoint-1"
 
 
 class Broken:

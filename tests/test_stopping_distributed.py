@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from trl_core.training.state import newest_complete, read_manifest
+from trl_core.training.state import read_manifest
+
+from .helpers_train import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("script_stopping.py")
@@ -48,7 +50,7 @@ def test_signal_to_one_process_stops_both_at_the_same_step(stopped):
 def test_callback_that_fails_in_one_process_stops_both(stopped):
     folder, seen, _ = stopped
     assert [process["failure"] for process in seen] == [["SystemExit(1)", 3], ["LookupError('mine')", 3]]
-    assert newest_complete(folder / "failure") is not None
+    assert newest_checkpoint(folder / "failure") is not None
     assert [process["failure resumed"] for process in seen] == [process["whole resumed"] for process in seen]
 
 

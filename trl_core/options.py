@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from .errors import ConfigError, UnknownOptionError
 from .names import did_you_mean
+from .redaction import is_named_secret
 
 if TYPE_CHECKING:
     from .stability import Deprecation
@@ -33,7 +34,6 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "le": ("at most", operator.le),
     "lt": ("below", operator.lt),
 }
-_SECRETS = re.compile("(^|_)(token|secret|password|api_?key|credentials?)$")
 
 
 # -- declaring --------------------------------------------------------------------------------------------------------
@@ -305,7 +305,7 @@ def _expected(f: Field) -> str:
 
 def _refusal(f: Field, value: Any) -> ConfigError:
     expected, owner = _expected(f), f.metadata["owner"]
-    named = _SECRETS.search(f.name) and not f.metadata["choices"]
+    named = is_named_secret(f.name) and not f.metadata["choices"]
     hidden = f.metadata.get("secret") or named or _is_mapping(f)
     shown = "..." if hidden else reprlib.repr(value)
     if not isinstance(value, int | float | None) or isinstance(value, enum.Enum):

@@ -27,7 +27,6 @@ from ..hookspecs import HookContext, hookimpl
 from ..models.layout import PADDED, Layouts, layouts_of
 from ..models.loading import (
     add_adapter,
-    check_model,
     disable_dropout,
     evaluating,
     is_peft,
@@ -152,8 +151,6 @@ class CoreTrainer(RunTrainer):
         callbacks = list({id(callback): callback for callback in callbacks}.values())
         check_output_dir(args.output_dir)
         self._check_reference(args, ref_model, adapter=peft_config is not None)
-        model = check_model(model, args.model_init_kwargs)
-        ref_model = None if ref_model is None else check_model(ref_model, args.model_init_kwargs, "The reference model")
         self.check_datasets(train_dataset, eval_dataset, None, None, args)
         self.note_inputs(train_dataset=train_dataset, arguments=self.context.arguments, optimizers=optimizers)
 
@@ -194,6 +191,10 @@ class CoreTrainer(RunTrainer):
         # The aggregation already weights tokens for accumulation; the loop must not divide again.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
+        self._prepare_run(tokenizer, args)
+
+    def _prepare_run(self, tokenizer: Any, args: Any) -> None:
+        """Prepare the models beside the policy, and tell the hooks what is known only now."""
         if self.reference is not None and self.reference.module is not None:
             self.reference.module = self.accelerator.prepare_model(self.reference.module, evaluation_mode=True)
         self._prepare_extra_models()

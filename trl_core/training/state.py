@@ -308,11 +308,6 @@ def checkpoints(folder: str | Path) -> list[Path]:
     return [p for p in all_checkpoints(folder) if run is None or (read_run(p) or run)["run"] == run["run"]]
 
 
-def newest_complete(folder: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step; its contents are not compared."""
-    return next((path for _, path, _ in _complete(checkpoints(folder))[0]), None)
-
-
 def newest_sound(folder: str | Path) -> tuple[Path | None, list[str]]:
     """The checkpoint of the highest step that can be resumed from, and what is wrong with those after it."""
     complete, wrong = _complete(checkpoints(folder))
