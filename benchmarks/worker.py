@@ -118,6 +118,8 @@ def build(work: works.Work, options: argparse.Namespace, tokenizer: Any, folder:
     home = importlib.import_module(HOMES.get((options.library, work.algorithm), HOMES[options.library]))
     steps = options.steps + 1
     length = {"total_episodes": steps * work.batch} if ppo else {"max_steps": steps}
+    # Trainers that generate order their prompts themselves.
+    order = {} if work.algorithm in ("GRPO", "PPO") else {"train_sampling_strategy": "sequential"}
     loading = {} if ppo else {"model_init_kwargs": {"dtype": options.dtype}}
     args = getattr(home, f"{work.algorithm}Config")(
         output_dir=folder,
@@ -129,7 +131,7 @@ def build(work: works.Work, options: argparse.Namespace, tokenizer: Any, folder:
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
-        train_sampling_strategy="sequential",
+        **order,
         **length,
         **loading,
         **work.options,

@@ -560,7 +560,8 @@ def test_folder_is_read_whatever_is_installed(project, packages, tmp_path, monke
 def test_another_copy_that_was_imported_before_is_refused(project, tmp_path, monkeypatch, capsys):
     (tmp_path / "other" / "trl_proven").mkdir(parents=True)
     (tmp_path / "other" / "trl_proven" / "__init__.py").write_text(SOURCE)
-    monkeypatch.syspath_prepend(tmp_path / "other")
+    # Not syspath_prepend, whose undoing comes after that of the fixtures and would leave their path in place.
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "other"), *sys.path])
     importlib.import_module("trl_proven")
     assert main(["promote", "proven", "--project", str(project.folder)]) == 2
     said = capsys.readouterr().err
