@@ -291,7 +291,8 @@ tiny_tokenizer().save_pretrained("model")
 told = {}
 for folder in map(Path, sys.argv[1:]):
     (example,) = re.findall(r"^```python\\n(.*?)^```$", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    example = example.replace("Qwen/Qwen3-0.6B", "model").replace('output_dir="out"', 'output_dir="out", max_steps=2')
+    own = 'output_dir=%r, max_steps=2' % ("out-" + folder.name)  # the folder of another run is refused
+    example = example.replace("Qwen/Qwen3-0.6B", "model").replace('output_dir="out"', own)
     names = {"__name__": "__main__"}
     exec(compile(example, "README.md", "exec"), names)
     sys.argv = ["train.py", "--steps", "8"]

@@ -190,7 +190,9 @@ def test_forms_that_work_before_the_release_do(form, from_index, tmp_path):
     do("pip uninstall --yes trl-core trl-gfpo", tmp_path)
     who = "git -c user.name=a -c user.email=a@example.org"
     do(f"git init -q && git add -A && {who} commit -qm all", checkout)
-    command = getattr(install, form)("trl-core[peft]", "trl-gfpo").replace("GIT_ADDRESS", checkout.as_uri())
+    # With a host, as an address of git has one: older versions of pip take "git+file:///" for a path.
+    address = checkout.as_uri().replace("file://", "file://localhost")
+    command = getattr(install, form)("trl-core[peft]", "trl-gfpo").replace("GIT_ADDRESS", address)
     do(command, checkout if form == "from_checkout" else tmp_path)
     (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
     told = json.loads(do("python -c 'import peft'; python train.py out", tmp_path).stdout.strip().splitlines()[-1])
