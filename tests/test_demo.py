@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from trl_core.testing import tiny_model, tiny_tokenizer
+
 from .helpers_examples import loaded
 from .test_house import ROOT
 
@@ -50,3 +52,16 @@ def test_task_of_a_package_that_is_not_there_says_what_it_needs(demo, monkeypatc
 def test_too_small_a_task_is_refused(demo):
     with pytest.raises(demo.MissingTaskError, match=r"found 0 of 512 for training besides \d+ of 400"):
         demo.make_datasets(demo.Task(), eval_size=400)
+
+
+def test_script_trains_with_the_reward_of_its_task_and_leaves_its_files(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    options = {"model": tmp_path / "model", "output": tmp_path / "out", "steps": 1, "prompts": 1, "eval_size": 2}
+    monkeypatch.setattr(sys, "argv", ["run.py", *(f"--{name}={value}" for name, value in options.items())])
+    with loaded(ROOT / "examples" / "demo" / "run.py") as module:
+        module.main()
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left >= {"metrics.jsonl", "completions", "curves.png", "before_after.json", "summary.json", "model"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "rewards/correct/mean" in line] == [1]

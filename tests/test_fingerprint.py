@@ -136,6 +136,16 @@ def test_partial_shows_its_values():
     assert "sk-123" not in str(secret)
 
 
+def test_what_a_partial_below_a_function_binds_counts_also_where_it_takes_the_name_of_another():
+    reward = load(REWARD)["reward"]
+
+    def captured(scale):
+        inner = functools.update_wrapper(functools.partial(reward, scale=scale), reward)
+        return lambda completions: inner(completions)
+
+    assert description(captured(2.0)) == description(captured(2.0)) != description(captured(3.0))
+
+
 def test_what_cannot_be_described_is_unknown():
     class Cyclic:
         def __init__(self, me=None):

@@ -167,6 +167,57 @@ def test_what_the_trainer_gives_need_be_no_column(tmp_path):
     make_trainer(tmp_path, trainer={"reward_funcs": all_of_it, "rollouts": backend}, max_steps=1).train()
 
 
+def judged(completions, task, scale=1.0):
+    return [task * scale] * len(completions)
+
+
+def judged_by(task):
+    """A decorated function, which gets an argument of the decorator's."""
+
+    @functools.wraps(judged)
+    def wrapper(completions, **others):
+        return judged(completions, task=task, **others)
+
+    return wrapper
+
+
+def handed_on(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        functools.partial(judged, task=3.0),
+        functools.update_wrapper(functools.partial(judged, task=3.0), judged),
+        functools.update_wrapper(functools.partial(handed_on(judged), task=3.0), judged),
+        functools.partial(functools.update_wrapper(functools.partial(judged, task=3.0), judged)),
+        judged_by(3.0),
+        handed_on(functools.partial(judged, task=3.0)),
+    ],
+)
+def test_what_is_bound_is_neither_asked_for_nor_replaced(function, tmp_path):
+    # Of the dataset's columns, a function that takes **others gets the one of that name.
+    columns = {"task": ["of the dataset"] * 4} if isinstance(function, functools.partial) else {}
+    trainer = make_trainer(tmp_path, trainer={"reward_funcs": function, "train_dataset": prompts(4, **columns)})
+    assert trainer.reward_functions(rollouts(**columns)).tolist() == [[3.0]] * 3
+
+
+def test_function_that_is_handed_on_to_gets_what_it_takes():
+    taken = {}
+
+    def takes(completions, answer):
+        taken.update(locals())
+        return [1.0] * len(completions)
+
+    scored(handed_on(takes))
+    assert taken.keys() >= {"completions", "answer"}
+
+
 # -- what it changes --------------------------------------------------------------------------------------------------
 def spoils(prompts, completions, completion_ids, prompt_ids, answer, **others):
     prompts[0][0]["content"] = "spoilt"

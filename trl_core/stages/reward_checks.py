@@ -54,13 +54,29 @@ def check_callable(function: Any, name: str) -> None:
 
 
 def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Those of the offered arguments that a user's function takes, and the names of what it needs beyond them."""
-    parameters = inspect.signature(function).parameters.values()
+    """Those of the offered arguments that a user's function takes, and the names of what it needs beyond them.
+
+    What a `functools.partial` has bound is neither needed nor replaced.
+    """
+    args: tuple[Any, ...] = ()
+    bound: dict[str, Any] = {}
+    inner: Any = function
+    while isinstance(inner, functools.partial):  # made anew below, since `update_wrapper` hides what is bound
+        inner, args, bound = inner.func, inner.args + args, inner.keywords | bound
+    function = functools.partial(inner, *args, **bound) if args or bound else inner
+    own, wrapped = _named(function, follow=False), _named(function, follow=True)
+    missing = [p.name for p in own[0] if p.default is p.empty and p.name not in offered]
+    # A wrapper that takes everything hands it on to a function that may not.
+    named, takes_all = (own[0] + wrapped[0], wrapped[1]) if own[1] else own
+    taken = offered.keys() if takes_all else {p.name for p in named}
+    return {name: value for name, value in offered.items() if name in taken and name not in bound}, missing
+
+
+def _named(function: Callable[..., Any], *, follow: bool) -> tuple[list[inspect.Parameter], bool]:
+    """The parameters that have a name, and whether any other is taken as well."""
+    parameters = inspect.signature(function, follow_wrapped=follow).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    missing = [p.name for p in named if p.default is p.empty and p.name not in offered]
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return offered, missing
-    return {p.name: offered[p.name] for p in named if p.name in offered}, missing
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def refuse_missing(name: str, missing: list[str], offered: Iterable[str], where: str) -> None:

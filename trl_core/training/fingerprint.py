@@ -244,10 +244,10 @@ def _used(name: str, value: Any, seen: set[int]) -> Any:
     """
     if isinstance(value, MethodType):
         return _used(name, value.__func__, seen)
-    if not isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
-        return _used(name, value.__wrapped__, seen)
     if isinstance(value, functools.partial):
         return [_used(name, part, seen) for part in (value.func, *value.args, *value.keywords.values())]
+    if not isinstance(value, FunctionType) and hasattr(value, "__wrapped__"):
+        return _used(name, value.__wrapped__, seen)
     if is_named_secret(name) or (isinstance(value, str) and _is_place(value)):
         return None
     if isinstance(value, _PLAIN):
