@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import sys
+from pathlib import Path
 
 import datasets
 import transformers
@@ -10,7 +11,9 @@ import transformers
 
 @contextlib.contextmanager
 def loaded(file):
-    path, verbosity = list(sys.path), transformers.logging.get_verbosity()
+    """The script's module; what lies beside it can be imported, as when Python runs it."""
+    path, verbosity, known = list(sys.path), transformers.logging.get_verbosity(), set(sys.modules)
+    sys.path.insert(0, str(file.parent))
     try:
         spec = importlib.util.spec_from_file_location(f"examples_{file.parent.name}_{file.stem}", file)
         module = importlib.util.module_from_spec(spec)
@@ -18,7 +21,9 @@ def loaded(file):
         spec.loader.exec_module(module)
         yield module
     finally:
-        sys.modules.pop(f"examples_{file.parent.name}_{file.stem}", None)
+        for name in set(sys.modules) - known:  # two folders of examples may have modules of one name
+            if "examples" in Path(getattr(sys.modules[name], "__file__", None) or "").parts:
+                del sys.modules[name]
         sys.path[:] = path
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
