@@ -4,6 +4,8 @@ import argparse
 import functools
 import json
 import os
+import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from trl_core.cli.train import _resume_call
 from trl_core.testing import tiny_model, tiny_tokenizer
 from trl_core.training.folder import LOCK_FILE
 from trl_core.training.online import OnlineTrainer
+from trl_core.training.state import PARTIAL, STATE_FILE, checkpoints, number_of
 
 from . import helpers_cli
 from .helpers_cli import flags
@@ -115,8 +118,29 @@ def test_stopped_run_says_the_command_that_goes_on_and_the_finished_one_changes_
 def test_auto_starts_afresh_where_there_is_nothing(tmp_path):
     begun = train(*NEEDED, "--output_dir", str(tmp_path), "--resume", "auto", "--max_steps", "1")
     assert begun.code == 0 and "the run starts afresh" in begun.out
-    missing = train(*NEEDED, "--output_dir", str(tmp_path / "none"), "--resume", "true")
-    assert missing.code == 2 and "no complete checkpoint" in missing.err
+
+
+def test_checkpoint_that_is_not_there_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_core.cli.train._load_data", lambda *_: pytest.fail("the data was loaded"))
+    broken = tmp_path / "checkpoint-2"
+    broken.mkdir()
+    (broken / STATE_FILE).write_text("{")
+    told = {
+        "true": rf"no complete checkpoint in '{tmp_path}'.\n +- The checkpoint 'checkpoint-2' is not complete",
+        str(tmp_path / "checkpoint-7"): "There is no checkpoint folder '.*checkpoint-7'",
+        str(broken): "The checkpoint 'checkpoint-2' is not complete",
+    }
+    for given, expected in told.items():
+        missing = train(*NEEDED, "--output_dir", str(tmp_path), "--resume", given)
+        assert missing.code == 2 and re.search(expected, missing.err), missing.err
+
+
+def test_checkpoint_that_lacks_only_its_name_is_gone_on_from(tmp_path):
+    train(*NEEDED, "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1")
+    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / "checkpoint-1").rename(tmp_path / PARTIAL / "checkpoint-1")
+    done = train(*NEEDED, "--output_dir", str(tmp_path), "--resume", "true", "--max_steps", "2")
+    assert "Resuming from" in done.out and "at step 1 of 2" in done.out
 
 
 @pytest.mark.parametrize(
@@ -153,10 +177,16 @@ def test_interrupt_of_any_command_is_no_traceback(monkeypatch, capsys):
 
 
 # -- whole processes --------------------------------------------------------------------------------------------------
+SLOWLY = ("--reward_funcs", "functions.py:slow")
+
+
+def command(*words):
+    return [sys.executable, "-m", "trl_core.cli.main", "train", "grpo", *NEEDED, *words]
+
+
 def start(*words):
-    command = [sys.executable, "-m", "trl_core.cli.main", "train", "grpo", *NEEDED, *words]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
@@ -203,12 +233,25 @@ def test_stopped_process_leaves_a_checkpoint_and_no_worker(number, code, tmp_pat
 
 
 @pytest.mark.slow
+def test_run_whose_terminal_is_closed_leaves_a_checkpoint_to_go_on_from(tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command("--output_dir", str(tmp_path), "--max_steps", "500", *SLOWLY))
+    seen = b""
+    while b"step    2/" not in seen:
+        seen += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    (checkpoint,) = checkpoints(tmp_path)
+    assert number_of(checkpoint) >= 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after_s", [3, 8])
 def test_process_that_is_stopped_at_any_time_says_so_in_a_line(number, after_s, tmp_path):
     # Where the machine is fast, the later signal comes in the middle of the training.
-    words = ("--output_dir", str(tmp_path), "--max_steps", "500", "--reward_funcs", "functions.py:slow")
-    process = start(*words)
+    process = start("--output_dir", str(tmp_path), "--max_steps", "500", *SLOWLY)
     time.sleep(after_s)
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]

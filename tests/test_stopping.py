@@ -104,6 +104,7 @@ def resumed(folder, **options):
                 (signal.SIGINT, "on_evaluate", 2, 2),
                 (signal.SIGINT, "on_epoch_begin", 4, 5),
                 (signal.SIGTERM, "on_step_end", 6, 6),
+                (signal.SIGHUP, "on_step_begin", 1, 2),
             )
         ),
     ],
@@ -111,12 +112,12 @@ def resumed(folder, **options):
 def test_signal_stops_at_the_end_of_the_step_and_the_run_goes_on_from_there(
     number, event, at, saved, whole, tmp_path, capsys
 ):
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     trainer = run(tmp_path, At(event, at, send(number)), save_strategy="steps", save_steps=3, **EVALUATED)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as stopped:
         trainer.train()
-    assert number == signal.SIGINT or stopped.value.code == 143
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert number == signal.SIGINT or stopped.value.code == 128 + number
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Stopped by")]
     assert line == (
         f"Stopped by {signal.Signals(number).name} after step {saved} of 6. Checkpoint: {tmp_path}/checkpoint-{saved}. "

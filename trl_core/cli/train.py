@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without a model, then train and save.
 
-    The exit code is 130 or 143 if SIGINT (Ctrl-C) or SIGTERM stopped it.
+    The exit code is 130, 143 or 129 if SIGINT (Ctrl-C), SIGTERM or SIGHUP stopped it.
 
     Raises:
         TRLCoreError: something does not fit; see the message.

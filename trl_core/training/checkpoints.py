@@ -51,6 +51,7 @@ from .state import (
     join_tensors,
     loading,
     newest_sound,
+    none_complete,
     publish,
     read_manifest,
     read_state,
@@ -296,11 +297,7 @@ class CheckpointedTrainer(Trainer):
             return folder, record
         newest, wrong = newest_sound(self.args.output_dir)
         if newest is None:
-            listed = "".join(f"\n  - {what}" for what in wrong)
-            raise CheckpointError(
-                f"There is no complete checkpoint in {self.args.output_dir!r}.{listed}",
-                mend="Start without resume_from_checkpoint, or point it to a checkpoint folder.",
-            )
+            raise none_complete(self.args.output_dir, wrong)
         if wrong:
             logger.warning("%s is resumed, because later ones cannot be: %s", newest.name, " ".join(wrong))
         return newest, read_manifest(newest)

@@ -20,7 +20,17 @@ from filelock import FileLock, Timeout
 
 from ..discovery import core_version
 from ..errors import OutputDirError, TRLCoreError
-from .state import PARTIAL, RUN_FILE, STATE_FILE, all_checkpoints, checkpoints, discard, is_complete, read_run
+from .state import (
+    PARTIAL,
+    RUN_FILE,
+    STATE_FILE,
+    all_checkpoints,
+    check_there,
+    checkpoints,
+    discard,
+    is_complete,
+    read_run,
+)
 
 LOCK_FILE = ".trl_core.lock"
 METRICS_FILE = "metrics.jsonl"
@@ -124,8 +134,12 @@ class RunFolder:
         """What `begin` will refuse, as far as it is known before anything is loaded.
 
         Raises:
+            CheckpointError: there is no complete checkpoint where one is asked for.
             OutputDirError: as `refuse_another`.
         """
+        on_main(self.recover)
+        if resume and resume != "auto":
+            on_main(lambda: check_there(self.path, resume))
         elsewhere = isinstance(resume, str) and resume != "auto" and not self._holds(Path(resume))
         if not resume or elsewhere or (resume == "auto" and not self.has_checkpoint()):
             on_main(lambda: self.refuse_another(overwrite=overwrite))

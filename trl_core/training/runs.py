@@ -38,9 +38,9 @@ class RunTrainer(CheckpointedTrainer):
     ) -> Any:
         """Train; see `transformers.Trainer.train`.
 
-        SIGINT (Ctrl-C) and SIGTERM stop the run after the optimizer step that is under way, with a checkpoint; then
-        KeyboardInterrupt or SystemExit(143) is raised. A second one stops it at once. Handlers of the program for these
-        signals stay.
+        SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone) stop the run after the optimizer step that is under
+        way, with a checkpoint; then KeyboardInterrupt, or SystemExit(143 or 129), is raised. A second one stops it at
+        once. Handlers of the program for these signals stay.
 
         Args:
             resume_from_checkpoint: a checkpoint folder, True for the newest complete one in `output_dir`, or "auto"

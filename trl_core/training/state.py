@@ -322,6 +322,32 @@ def newest_sound(folder: str | Path) -> tuple[Path | None, list[str]]:
     return None, [what for _, _, what in sorted(wrong)]
 
 
+def none_complete(folder: str | Path, wrong: list[str]) -> CheckpointError:
+    """The error for a folder without a checkpoint to go on from, and what is wrong with those that are there."""
+    return CheckpointError(
+        f"There is no complete checkpoint in {str(folder)!r}.{''.join(f'{chr(10)}  - {what}' for what in wrong)}",
+        mend="Start without resume_from_checkpoint, or point it to a checkpoint folder.",
+    )
+
+
+def check_there(folder: str | Path, resume: str | bool) -> None:
+    """See that there is a checkpoint to go on from, without reading all of its files.
+
+    Args:
+        folder: the one of the run.
+        resume: a checkpoint folder, or True for one in `folder`.
+
+    Raises:
+        CheckpointError: there is none that is complete.
+    """
+    if resume is not True:
+        read_manifest(str(resume))
+        return
+    complete, wrong = _complete(checkpoints(folder))
+    if not complete:
+        raise none_complete(folder, [what for _, _, what in sorted(wrong)])
+
+
 def _complete(
     folders: list[Path],
 ) -> tuple[list[tuple[int, Path, dict[str, Any]]], list[tuple[int, Path, str]]]:

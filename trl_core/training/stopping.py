@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 from types import FrameType
 from typing import Any, Self
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LAUNCHER_REPEATS_WITHIN_S = 3.0
 
 
@@ -25,10 +26,18 @@ def say(text: str, *, error: bool = False) -> None:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
-class Signals:
-    """While entered, notes SIGINT (Ctrl-C) and SIGTERM, each unless the program has a handler of its own for it.
+def _leave_terminal() -> None:
+    """What is written to a terminal that is gone goes nowhere, so that the step and its checkpoint do not fail."""
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
-    The first is acted upon at once unless `held`, the second always: KeyboardInterrupt, or SystemExit(143), is raised.
+
+class Signals:
+    """While entered, notes SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal is gone), as far as nobody else does.
+
+    A signal that the program ignores, as under `nohup`, or handles itself is left alone. The first is acted upon at
+    once unless `held`, the second always: KeyboardInterrupt, or SystemExit(128 + its number), is raised.
     Entered once more while it is, this is the same. Outside the main thread it does nothing.
 
     Attributes:
@@ -66,7 +75,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a copy of this process, which is ended as always
-            if number == signal.SIGTERM:
+            if number != signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
@@ -80,7 +89,10 @@ class Signals:
             self._restore()
             raise self.exception()
         if os.environ.get("RANK", "0") == "0":  # not print, which may be at work at this moment
-            os.write(2, f"\n{self.name}: stopping after this step; once more stops at once.\n".encode())
+            try:
+                os.write(2, f"\n{self.name}: stopping after this step; once more stops at once.\n".encode())
+            except OSError:
+                _leave_terminal()
 
     @property
     def nested(self) -> bool:
