@@ -424,6 +424,7 @@ def main(argv: list[str] | None = None) -> int:
         own = [job for job in jobs if args.only.index(job.subject) % workers == number]
         pid = os.fork()
         if not pid:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
             try:
                 work(own, folder, args.seed, args.fault, folder / f"results-{number}.jsonl")
             finally:
