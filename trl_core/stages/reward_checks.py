@@ -74,7 +74,10 @@ def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) ->
 
 def _named(function: Callable[..., Any], *, follow: bool) -> tuple[list[inspect.Parameter], bool]:
     """The parameters that have a name, and whether any other is taken as well."""
-    parameters = inspect.signature(function, follow_wrapped=follow).parameters.values()
+    try:
+        parameters = inspect.signature(function, follow_wrapped=follow).parameters.values()
+    except ValueError:  # a wrapper in C, such as `functools.lru_cache` makes
+        parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
