@@ -463,6 +463,9 @@ def logs(*calls):
         ([("metric", "m", 1.0, -1)], "the weight -1.0"),
         ([("metric", "m", 1.0, 1.0, "median")], "reduce='median'"),
         ([("metric", 3, 1.0)], "the metric 3"),
+        ([("metric", "reward", 1.0)], "'logging' logged the metric 'reward', which the trainer logs itself"),
+        ([("metric", "step", 1.0)], "'step', which the trainer logs itself"),
+        ([("metric", "rewards/logging/mean", 1.0)], "which the trainer logs itself"),
         ([("metric", "m")], "'logging' raised TypeError"),
         ([("extra", "c", ["a"])], "'logging' logged 1 values in the column 'c' for 3 rows"),
         ([("extra", "c", ["a"] * 3), ("extra", "c", ["a"])], "logged 4 values in the column 'c' for 3 rows"),
@@ -480,13 +483,15 @@ def test_what_can_be_logged_arrives_as_plain_values():
     calls = [
         ("metric", "m", torch.tensor(0.5), np.int64(2), "min"),
         ("metric", "n", math.nan),
+        ("metric", "rewards/format", 1),
         ("extra", "c", np.array([1, 2, 3])),
         ("extra", "d", ["a"]),
         ("extra", "d", ["b", "c"]),
     ]
     scored(logs(*calls), log_metric=lambda *line: seen.append(line), log_extra=lambda *line: seen.append(line))
     assert seen[0] == ("m", 0.5, 2.0, "min") and math.isnan(seen[1][1])
-    assert seen[2:] == [("c", [1, 2, 3]), ("d", ["a"]), ("d", ["b", "c"])]
+    assert seen[2] == ("rewards/format", 1.0, 1.0, "mean")
+    assert seen[3:] == [("c", [1, 2, 3]), ("d", ["a"]), ("d", ["b", "c"])]
 
 
 # -- in processes of their own ----------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
         if "probability tensor" not in str(error):
             raise
         raise NonFiniteLossError(
-            f"The policy gives no probabilities that can be sampled from at temperature {sampling.temperature}: {error}.",
+            f"The policy gives no probabilities to sample from at temperature {sampling.temperature}: {error}.",
             mend="Lower the learning rate, if training made weights NaN or infinite; or raise the temperature.",
         ) from error
     finally:
