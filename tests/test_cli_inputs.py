@@ -9,10 +9,12 @@ from trl_core import get_config
 from trl_core.cli.main import main
 from trl_core.cli.yaml_file import read_yaml
 from trl_core.data.loading import load
-from trl_core.errors import ConfigError, DatasetError
+from trl_core.errors import ConfigError, DatasetError, RewardError
 from trl_core.models.loading import load_policy
 from trl_core.names import SYNONYMS, did_you_mean
+from trl_core.training.online import OnlineTrainer
 
+from .helpers_cli import train
 from .test_cli_train import NEEDED, folder, passed, refused, there  # noqa: F401 (fixtures)
 
 
@@ -328,6 +330,16 @@ def test_reward_file_that_prints_is_fine(passed, tmp_path, capsys):  # noqa: F81
     (tmp_path / "made.py").write_text("print('loaded')\ndef f(completions): return [0.0] * len(completions)")
     got = passed("--reward_funcs", f"{tmp_path / 'made.py'}:f", needed=without("reward_funcs"))
     assert got.reward_funcs[0].__name__ == "f" and "loaded" in capsys.readouterr().out
+
+
+def test_reward_error_without_a_cause_is_told_alone(monkeypatch, tmp_path):
+    def late(*_, **__):
+        raise RewardError("Did not return.", mend="Wait.")
+
+    monkeypatch.setattr(OnlineTrainer, "train", late)
+    words = [*NEEDED, "--use_cpu", "--max_completion_length", "4", "--output_dir", str(tmp_path / "out")]
+    done = train(*words, algorithm="grpo")
+    assert done.code == 2 and "Did not return." in done.err and "NoneType" not in done.err
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

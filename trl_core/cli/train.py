@@ -379,7 +379,8 @@ def _train_in_folder(
     try:
         trainer.train(resume_from_checkpoint=values.get("resume"))
     except RewardError as error:
-        traceback.print_exception(error.__cause__ and hide_error(error.__cause__))  # where in the user's code
+        if error.__cause__:
+            traceback.print_exception(hide_error(error.__cause__))  # where in the user's code
         raise
     stop = signals()
     stop.held = True  # the model is saved in any case
