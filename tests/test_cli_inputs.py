@@ -9,10 +9,12 @@ from trl_core import get_config
 from trl_core.cli.main import main
 from trl_core.cli.yaml_file import read_yaml
 from trl_core.data.loading import load
-from trl_core.errors import ConfigError, DatasetError
+from trl_core.errors import ConfigError, DatasetError, RewardError
 from trl_core.models.loading import load_policy
 from trl_core.names import SYNONYMS, did_you_mean
+from trl_core.training.online import OnlineTrainer
 
+from .helpers_cli import train
 from .test_cli_train import NEEDED, folder, passed, refused, there  # noqa: F401 (fixtures)
 
 
@@ -38,6 +40,9 @@ FILES = {
     "deep and whole": ("peft: " + "{a: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
     "twice": ("seed: 1\nbeta: 0\nseed: 2", "line 3: the key 'seed' is also in line 1"),
     "twice, quoted": ("seed: 1\n'seed': 2", "line 2: the key 'seed' is also in line 1"),
+    "merged twice": ("peft:\n  <<: {r: 1}\n  <<: {r: 2}", "line 3: the key '<<' is also in line 2"),
+    "no time": ("chat_template_kwargs: {a: !!timestamp abc}", "cannot be read"),
+    "further file": ("config: other.yaml", "a file names no further file"),
     "twice inside": ("peft:\n  r: 1\n  r: 2", "line 3: the key 'r' is also in line 2"),
     "tabs": ("peft:\n\tr: 1", "cannot be read: while scanning.*cannot start any token"),
     "key on": ("on: 1", "there is no option 'on'"),
@@ -103,6 +108,7 @@ def test_file_is_read_in_its_encoding(encoding, tmp_path):
         ("learning_rate: .5", 0.5),
         ("reward_weights: [1e-1]", [0.1]),
         ("chat_template_kwargs: {top_k: 3, penalty_alpha: 1e-1, bad: 010, use_cache: no}",) * 2,
+        ("lr_scheduler_kwargs: '{}'", {}),
         ("base: &b {top_k: 3}", None),
     ],
 )
@@ -114,6 +120,11 @@ def test_value_is_what_is_written(line, value, passed, tmp_path):  # noqa: F811
     (tmp_path / "run.yaml").write_text(line)
     found = getattr(passed("--config", str(tmp_path / "run.yaml")).args, line.partition(":")[0])
     assert found == value and type(found) is type(value)
+
+
+def test_adapter_may_be_written_as_json_in_the_file(passed, tmp_path):  # noqa: F811
+    (tmp_path / "run.yaml").write_text("peft: '{\"r\": 2}'")
+    assert passed("--config", str(tmp_path / "run.yaml")).peft_config.r == 2
 
 
 def test_few_aliases_are_fine(tmp_path):
@@ -159,6 +170,9 @@ def test_few_aliases_are_fine(tmp_path):
         (["--beta"], "expected one argument"),
         (["--beta="], "beta='' (str) is not a finite number"),
         (["--model="], "No model is given"),
+        (["--output_dir", "prompts.jsonl"], "output_dir='prompts.jsonl' cannot be written"),
+        (["--output_dir", "prompts.jsonl/x"], "output_dir='prompts.jsonl/x' cannot be written"),
+        (["--output_dir", "x" * 300], "cannot be written: File name too long"),
         (["--config="], "is no file"),
         (["--config", "a", "--config", "b"], "--config is given twice"),
         (["--max_steps", "1e3"], "max_steps='1e3' (str) is not a whole number"),
@@ -174,6 +188,10 @@ def test_words_that_do_not_fit_are_refused(words, named, refused, monkeypatch): 
     message = refused(*words)
     assert all(part in message for part in named.split(" | ")), message
     assert "without quotes" not in message  # there need be none
+
+
+def test_what_is_needed_is_told_with_its_help_alone(refused):  # noqa: F811
+    assert refused(needed=without("model")).endswith("Folder or Hub id of the model to train. Needed.\n")
 
 
 @pytest.mark.parametrize("value", ["-1", "-1e-5", "-.5"])
@@ -312,6 +330,16 @@ def test_reward_file_that_prints_is_fine(passed, tmp_path, capsys):  # noqa: F81
     (tmp_path / "made.py").write_text("print('loaded')\ndef f(completions): return [0.0] * len(completions)")
     got = passed("--reward_funcs", f"{tmp_path / 'made.py'}:f", needed=without("reward_funcs"))
     assert got.reward_funcs[0].__name__ == "f" and "loaded" in capsys.readouterr().out
+
+
+def test_reward_error_without_a_cause_is_told_alone(monkeypatch, tmp_path):
+    def late(*_, **__):
+        raise RewardError("Did not return.", mend="Wait.")
+
+    monkeypatch.setattr(OnlineTrainer, "train", late)
+    words = [*NEEDED, "--use_cpu", "--max_completion_length", "4", "--output_dir", str(tmp_path / "out")]
+    done = train(*words, algorithm="grpo")
+    assert done.code == 2 and "Did not return." in done.err and "NoneType" not in done.err
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

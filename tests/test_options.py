@@ -205,12 +205,92 @@ def test_value_of_a_secret_is_not_told():
         ),
         ("grpo", {"generation_kwargs": {"max_new_tokens": -5}}, "generation_kwargs={'max_new_tokens': -5} cannot be"),
         ("grpo", {"generation_kwargs": '{"top_k": -5}'}, "top_k=-5 is not"),
+        ("grpo", {"generation_kwargs": {"eos_token_id": "x"}}, "eos_token_id='x'"),
+        ("grpo", {"generation_kwargs": {"eos_token_id": [1, -2]}}, "eos_token_id=[1, -2]"),
+        ("grpo", {"generation_kwargs": {"typical_p": NAN}}, "typical_p=nan"),
     ],
 )
 def test_options_that_do_not_fit_each_other_are_named(algorithm, options, told):
     with pytest.raises(errors.ConfigError, match=re.escape(told)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config(algorithm, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "two"}}, "'two'"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": NAN}},
+            "make learning rates of [0.0, 0.1, nan",
+        ),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}}, "cannot be"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, "smaller than initial lr"),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}}, "cannot be"),
+        ({"gradient_checkpointing_kwargs": {"use_rentrant": True}}, "Did you mean 'use_reentrant'?"),
+        ({"activation_checkpointing_kwargs": {"every_n_layers": "2"}}, "every_n_layers='2'"),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": 5}}, "use_reentrant=5"),
+        ({"fsdp": "nonsense"}, "Change one of the options given: output_dir, report_to, use_cpu, fsdp."),
+    ],
+)
+def test_what_the_first_step_would_fail_with_is_told_when_the_configuration_is_made(options, told):
+    with pytest.raises(errors.ConfigError, match=re.escape(told)):
+        config("sft", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler_type": "polynomial", "learning_rate": 1e-2, "lr_scheduler_kwargs": {"lr_end": 5e-3}},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5000}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        {"activation_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": True, "every_n_layers": 2}},
+        {"report_to": None},
+    ],
+)
+def test_schedules_checkpointing_and_no_tracker_are_taken(options):
+    assert config_class("sft")(output_dir="unused", use_cpu=True, **options).report_to == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"use_liger_kernel": True}, "liger-kernel is not installed"),
+        ({"fsdp": "full_shard"}, "this is a single one"),
+        ({"torch_compile_mode": "fastest"}, "torch_compile_mode='fastest' cannot be"),
+        ({"torch_compile_backend": "none"}, "torch_compile_backend='none'"),
+        ({"push_to_hub": True, "hub_model_id": "a b"}, "hub_model_id='a b' is no name"),
+    ],
+)
+def test_option_that_asks_for_what_is_not_here_is_told_before_a_model_is_loaded(options, told, monkeypatch):
+    monkeypatch.setattr("trl_core.training.arguments.is_liger_kernel_available", lambda: False)
+    args = config("sft", **options)  # as transformers, which may run it elsewhere
+    with pytest.raises(errors.ConfigError, match=told):
+        get_trainer("sft")(NOWHERE, args, texts())
+
+
+def test_hub_that_cannot_be_reached_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    args = config("sft", tmp_path, push_to_hub=True, hub_model_id="a/b")
+    with pytest.raises(errors.ConfigError, match="push_to_hub: the repository cannot be made"):
+        get_trainer("sft")(tiny_model(), args, texts(), processing_class=tiny_tokenizer())
+
+
+def test_metric_of_the_best_model_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    given = {"metric_for_best_model": "rewrad", "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1}
+    args = config("sft", tmp_path, max_steps=1, **given)
+    trainer = get_trainer("sft")(tiny_model(), args, texts(), texts(), processing_class=tiny_tokenizer())
+    with pytest.raises(errors.ConfigError, match=r"'rewrad' is none of .*\n.*eval_loss"):
+        trainer.train()
+
+
+def test_policy_that_cannot_be_sampled_from_is_told(tmp_path):
+    args = config("grpo", tmp_path, per_device_train_batch_size=8, temperature=1e-300, max_completion_length=2)
+    trainer = get_trainer("grpo")(
+        tiny_model(), args=args, train_dataset=prompts(), reward_funcs=table(1.0), processing_class=tiny_tokenizer()
+    )
+    with pytest.raises(errors.NonFiniteLossError, match="no probabilities to sample from"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -235,6 +315,7 @@ GOOD = [
     *several("grpo", num_generations=[2, 4, 2.0, np.int64(4)], max_completion_length=[1, 4096], num_iterations=[1, 3]),
     *several("grpo", temperature=[1e-3, 1, 2.5], top_p=[1e-6, 1, 1.0], min_p=[0, 1, 0.05, None], top_k=[0, 1, 50]),
     *several("grpo", reward_weights=[[1, -0.5], (1.0, 2.0), [0], None], reward_timeout=[0.1, 60, None]),
+    *several("grpo", reward_weights=[np.array([1.0, 2.0]), torch.tensor([1, -0.5])]),
     *several("grpo", reward_processes=[0], num_completions_to_print=[0, None], repetition_penalty=[0.5, 1.2]),
     *several(
         "grpo", beta=[0, 0.0, 0.04, np.float32(0.5), torch.tensor(0.25)], epsilon=[0, 0.2, 1.0], delta=[1.5, None]
@@ -291,7 +372,9 @@ def test_value_at_the_border_is_taken_and_becomes_a_plain_one(algorithm, name):
     for value in (value for *of, value in GOOD if of == [algorithm, name]):
         made = config_class(algorithm)(**known | {name: value})
         found = getattr(made, name)
-        if isinstance(value, np.generic | torch.Tensor):
+        if isinstance(value, np.ndarray | torch.Tensor) and value.ndim:
+            assert found == value.tolist() and type(found) is list
+        elif isinstance(value, np.generic | torch.Tensor):
             assert type(found) in (bool, int, float)
         if isinstance(value, int | float | np.generic) and name != "scale_rewards":
             assert found == value

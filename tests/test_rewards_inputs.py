@@ -4,6 +4,7 @@ import asyncio
 import copy
 import functools
 import math
+import signal
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
@@ -218,6 +219,14 @@ def test_function_that_is_handed_on_to_gets_what_it_takes():
     assert taken.keys() >= {"completions", "answer"}
 
 
+def test_function_behind_a_wrapper_in_c_is_asked_what_it_takes():
+    @functools.lru_cache
+    def cached(trainer_state):
+        return [1.0] * 3
+
+    assert scored(cached, trainer_state=None).tolist() == [[1.0]] * 3
+
+
 # -- what it changes --------------------------------------------------------------------------------------------------
 def spoils(prompts, completions, completion_ids, prompt_ids, answer, **others):
     prompts[0][0]["content"] = "spoilt"
@@ -397,6 +406,40 @@ def test_whatever_a_function_raises_is_told(error):
         scored(brittle)
 
 
+def runs_a_loop(completions):
+    async def later():
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    return asyncio.run(later())
+
+
+async def waits(completions):
+    await asyncio.sleep(0)
+    return [2.0] * len(completions)
+
+
+def test_plain_function_may_run_an_event_loop_beside_coroutine_functions():
+    """Judges that are asked over the network are called so."""
+    rewards = RewardFunctions([waits, runs_a_loop, waits, runs_a_loop])
+    assert rewards(rollouts()).tolist() == [[2.0, 1.0, 2.0, 1.0]] * 3
+
+
+def sets_an_alarm(completions):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return [1.0] * len(completions)
+
+
+def test_function_that_needs_a_main_thread_is_told_where_there_is_one():
+    with pytest.raises(RewardError, match="'sets_an_alarm' raised ValueError: signal only works in main") as caught:
+        scored(sets_an_alarm)
+    assert "reward_processes=1" in caught.value.mend
+
+
+def test_very_long_timeout_is_as_good_as_none():
+    assert RewardFunctions(judge([1.0] * 3), timeout=1e300)(rollouts()).tolist() == [[1.0]] * 3
+
+
 # -- what it logs -----------------------------------------------------------------------------------------------------
 def logs(*calls):
     def logging(completions, log_metric, log_extra):
@@ -420,6 +463,9 @@ def logs(*calls):
         ([("metric", "m", 1.0, -1)], "the weight -1.0"),
         ([("metric", "m", 1.0, 1.0, "median")], "reduce='median'"),
         ([("metric", 3, 1.0)], "the metric 3"),
+        ([("metric", "reward", 1.0)], "'logging' logged the metric 'reward', which the trainer logs itself"),
+        ([("metric", "step", 1.0)], "'step', which the trainer logs itself"),
+        ([("metric", "rewards/logging/mean", 1.0)], "which the trainer logs itself"),
         ([("metric", "m")], "'logging' raised TypeError"),
         ([("extra", "c", ["a"])], "'logging' logged 1 values in the column 'c' for 3 rows"),
         ([("extra", "c", ["a"] * 3), ("extra", "c", ["a"])], "logged 4 values in the column 'c' for 3 rows"),
@@ -437,13 +483,15 @@ def test_what_can_be_logged_arrives_as_plain_values():
     calls = [
         ("metric", "m", torch.tensor(0.5), np.int64(2), "min"),
         ("metric", "n", math.nan),
+        ("metric", "rewards/format", 1),
         ("extra", "c", np.array([1, 2, 3])),
         ("extra", "d", ["a"]),
         ("extra", "d", ["b", "c"]),
     ]
     scored(logs(*calls), log_metric=lambda *line: seen.append(line), log_extra=lambda *line: seen.append(line))
     assert seen[0] == ("m", 0.5, 2.0, "min") and math.isnan(seen[1][1])
-    assert seen[2:] == [("c", [1, 2, 3]), ("d", ["a"]), ("d", ["b", "c"])]
+    assert seen[2] == ("rewards/format", 1.0, 1.0, "mean")
+    assert seen[3:] == [("c", [1, 2, 3]), ("d", ["a"]), ("d", ["b", "c"])]
 
 
 # -- in processes of their own ----------------------------------------------------------------------------------------

@@ -206,6 +206,8 @@ def _fitted(value: Any, f: Field) -> Any:
 
 def _of_kind(value: Any, kind: Any, f: Field) -> Any:
     origin = typing.get_origin(kind) or kind
+    if origin is list and hasattr(value, "tolist") and getattr(value, "ndim", None) == 1:
+        value = value.tolist()
     if origin is list and isinstance(value, list | tuple):
         item = copy.copy(f)
         item.type = (typing.get_args(kind) or (Any,))[0]
@@ -263,7 +265,9 @@ def _is_mapping(f: Field) -> bool:
 
 # -- saying what is expected ------------------------------------------------------------------------------------------
 def _bounds(limits: Mapping[str, Any]) -> str:
-    return " and ".join(f"{word} {limits[bound]}" for bound, (word, _) in _BOUNDS.items() if bound in limits)
+    return " and ".join(
+        f"{word} {limits[bound]}" for bound, (word, _) in _BOUNDS.items() if limits.get(bound) is not None
+    )
 
 
 def _choices(f: Field) -> list[Any]:

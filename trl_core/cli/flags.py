@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import enum
 import inspect
+import json
 import types
 import typing
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,7 +66,7 @@ def read(value: Any, f: Field) -> Any:
 
 def _read(value: Any, hint: Any) -> Any:
     for kind in kinds(hint):
-        with contextlib.suppress(TypeError, ValueError, KeyError):
+        with contextlib.suppress(TypeError, ValueError, KeyError, RecursionError):
             return _as(kind, typing.get_origin(kind) or kind, value)
     raise TypeError
 
@@ -83,6 +84,7 @@ def _as(kind: Any, origin: Any, value: Any) -> Any:
         (item,) = typing.get_args(kind) or (Any,)
         return [_read(entry, item) for entry in (value if isinstance(value, list) else [value])]
     if origin is dict or dataclasses.is_dataclass(origin):
+        value = json.loads(value) if isinstance(value, str) else value
         return typing.cast(Any, origin)(**value)
     if isinstance(origin, type) and issubclass(origin, enum.Enum):
         return origin("no" if value is False else value)  # YAML reads a bare `no` as False

@@ -136,7 +136,10 @@ def _settings(name: str, groups: dict[str, list[Field]], words: list[str]) -> di
     if "config" in flags:
         from .yaml_file import read_yaml
 
-        sources = {flags["config"]: read_yaml(flags["config"])} | sources
+        found = read_yaml(flags["config"])
+        what = f"{flags['config']}: a file names no further file, but it has the key config."
+        require("config" not in found, what, "Put all keys in one file; flags override it.")
+        sources = {flags["config"]: found} | sources
     values, mend = {}, f"See trl-core train {name} --help."
     for source, found in sources.items():
         remember(found, marked=marked_in(f for fields in groups.values() for f in fields))
@@ -341,8 +344,10 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any], ar
     endless = values.get("streaming") and config.max_steps < 1
     require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")
 
+    from ..training.base import check_output_dir
     from ..training.folder import RunFolder
 
+    check_output_dir(config.output_dir)
     run = RunFolder(config.output_dir)
     with run.held():
         run.check(values.get("resume"), overwrite=config.overwrite_output_dir)
@@ -374,7 +379,8 @@ def _train_in_folder(
     try:
         trainer.train(resume_from_checkpoint=values.get("resume"))
     except RewardError as error:
-        traceback.print_exception(error.__cause__ and hide_error(error.__cause__))  # where in the user's code
+        if error.__cause__:
+            traceback.print_exception(hide_error(error.__cause__))  # where in the user's code
         raise
     stop = signals()
     stop.held = True  # the model is saved in any case

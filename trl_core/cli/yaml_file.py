@@ -54,7 +54,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         return dict(loader.construct_document(node))
     except RecursionError as error:
         raise ConfigError(f"The config {path!r} is nested too deeply.", mend="Flatten it.") from error
-    except (OSError, UnicodeError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # of a tag, PyYAML raises whatever it meets
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"The config {path!r} cannot be read: {error}", mend="Give a YAML file.") from error
@@ -81,8 +81,8 @@ def _check(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                key.tag = key.tag if key.tag == _NUMBERS[0] else _STR
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = key.tag if key.tag in (_NUMBERS[0], "tag:yaml.org,2002:merge") else _STR
                 if key.value in lines:
                     what = f"{path}, line {line}: the key {key.value!r} is also in line {lines[key.value]}."
                     raise ConfigError(what, mend="Leave one of them out.")

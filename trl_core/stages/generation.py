@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 
 from ..batch import Generated, Prompts, Sampling
+from ..errors import NonFiniteLossError
 from .decoding import decode, decodes, sharded
 
 
@@ -57,6 +58,13 @@ def generate(model: Any, prompts: Prompts, sampling: Sampling, tokenizer: Any = 
         inputs = {"input_ids": padded, "attention_mask": mask}
         places = sampling.rows if sampling.eos_token_ids else None
         output = _generate(model, prompts.ids, inputs, options, tokenizer, places)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NonFiniteLossError(
+            f"The policy gives no probabilities to sample from at temperature {sampling.temperature}: {error}.",
+            mend="Lower the learning rate, if training made weights NaN or infinite; or raise the temperature.",
+        ) from error
     finally:
         model.train(training)
         if router:

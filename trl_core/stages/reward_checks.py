@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,6 +15,10 @@ from ..processes import Noted, scores
 
 PROVIDED = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
 """What a reward function gets beside the columns of the dataset."""
+_OWN_METRICS = re.compile(
+    "loss|grad_norm|learning_rate|epoch|step|num_tokens|total_flos|entropy|kl|reward|reward_std|frac_reward_zero_std"
+    "|rewards/.+/(mean|std)|(time|completions|clip_ratio)/.+|(train|eval)_(loss|runtime|reward)"
+)
 LARGEST = 1e16
 """Largest size of a reward: float32 must hold the sum of the squares of a batch."""
 _FORM = "Pass a function (prompts, completions, **columns) -> list of numbers."
@@ -74,7 +79,10 @@ def accepted_arguments(function: Callable[..., Any], offered: dict[str, Any]) ->
 
 def _named(function: Callable[..., Any], *, follow: bool) -> tuple[list[inspect.Parameter], bool]:
     """The parameters that have a name, and whether any other is taken as well."""
-    parameters = inspect.signature(function, follow_wrapped=follow).parameters.values()
+    try:
+        parameters = inspect.signature(function, follow_wrapped=follow).parameters.values()
+    except ValueError:  # a wrapper in C, such as `functools.lru_cache` makes
+        parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -142,6 +150,11 @@ def _metric(function: str, name: Any, value: Any, weight: Any = 1.0, reduce: Any
             f"{numbers[1]} and reduce={reduce!r}; expected a name, a finite number, a weight of at least 0, and one of "
             f"{', '.join(reductions)}.",
             mend="Give log_metric(name, value) a number; NaN says that there is none.",
+        )
+    if _OWN_METRICS.fullmatch(name):
+        raise RewardError(
+            f"The reward function {function!r} logged the metric {name!r}, which the trainer logs itself.",
+            mend=f"Give it another name, such as '{function}/{name}'.",
         )
     return name, *numbers, reduce
 

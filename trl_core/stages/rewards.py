@@ -24,6 +24,9 @@ from ..processes import Deferred, Noted, ProcessEnded, Worker, copied, packed, s
 from . import reward_checks as checks
 from .reward_models import ClassifierReward
 
+_LONGEST = 1e9
+"""Seconds; threads cannot wait much longer."""
+
 
 def weighted_reward(rewards: Tensor, weights: Tensor) -> Tensor:
     """(N, R) and (R,) to (N,): weighted sum over the functions that scored the row; NaN if none did."""
@@ -231,10 +234,10 @@ class _Call:
 
     def fail(self, error: BaseException) -> None:
         """Note what the function raised."""
-        self.error = RewardError(
-            f"The reward function {self.name!r} raised {told(error)}",
-            mend="Fix the function, or return None for rows it cannot score.",
-        )
+        mend = "Fix the function, or return None for rows it cannot score."
+        if isinstance(error, ValueError) and "main thread" in str(error):  # of `signal`, as a limit of time uses it
+            mend = f"Set reward_processes=1: there it is called in a main thread. Or: {mend}"
+        self.error = RewardError(f"The reward function {self.name!r} raised {told(error)}", mend=mend)
         self.error.__cause__ = error
 
 
@@ -246,13 +249,14 @@ class Scoring:
 
     def __init__(self, owner: RewardFunctions, calls: list[_Call], rows: int, context: dict[str, Any]) -> None:
         self.owner, self.calls, self.rows, self.context = owner, calls, rows, context
-        self._deadline = None if owner.timeout is None else time.monotonic() + owner.timeout
+        timeout = None if owner.timeout is None else min(owner.timeout, _LONGEST)
+        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._jobs = deque(call for call in calls if call.request is not None)
         self._called = threading.Event()
         self._threads = [_thread(self._call_in, worker) for worker in owner.take_workers(len(self._jobs))]
         if here := [call for call in calls if call.request is None]:
             self._threads.append(_thread(self._call_here, here))
-            self._called.wait(owner.timeout)
+            self._called.wait(timeout)
 
     def _call_in(self, worker: Worker) -> None:
         while self._jobs:
@@ -273,7 +277,12 @@ class Scoring:
 
         async def one(call: _Call) -> None:
             try:
-                result = call.function(**call.arguments)
+                loop = asyncio.get_running_loop()
+                asyncio._set_running_loop(None)  # so that a plain function may run one of its own
+                try:
+                    result = call.function(**call.arguments)
+                finally:
+                    asyncio._set_running_loop(loop)
                 if inspect.isawaitable(result):
                     result = await result
                 call.result = scores(result)

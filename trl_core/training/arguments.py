@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.utils.import_utils import is_peft_available
+from huggingface_hub.utils._validators import validate_repo_id
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.import_utils import is_liger_kernel_available, is_peft_available
 
 from ..data.prompts import check_kind
 from ..errors import ConfigError, DatasetError, UnknownOptionError
 from ..models.loading import check_model
 from ..names import did_you_mean
 from ..options import require
+from .config import as_dict
 
 if TYPE_CHECKING:
     from ..composition import Composition
@@ -61,6 +64,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     what = f"formatting_func is {_shown(function)}, which cannot be called."
     require(function is None or callable(function), what, "Pass a function of a row, or leave it out.")
     _check_datasets(given)
+    if isinstance(given.get("args"), TrainingArguments):
+        _check_surroundings(given["args"])
 
 
 def _shown(value: Any) -> str:
@@ -103,6 +108,30 @@ def _check_adapter(given: Any) -> None:
 
     mend = "Pass peft.LoraConfig(...), or another configuration of peft."
     require(isinstance(given, PeftConfig), f"peft_config is {_shown(given)}, which is no PeftConfig.", mend)
+
+
+def _check_surroundings(args: TrainingArguments) -> None:
+    """Refuse options that ask for what is not here, which transformers finds out with the model loaded."""
+    liger = not args.use_liger_kernel or is_liger_kernel_available()
+    mend = "Install it (pip install liger-kernel), or leave use_liger_kernel out."
+    require(liger, "use_liger_kernel=True, but liger-kernel is not installed.", mend)
+    alone = bool(args.fsdp) and not as_dict(args.fsdp_config).get("xla") and args.parallel_mode.value != "distributed"
+    mend = "Start the run with `accelerate launch` or `torchrun`, or leave fsdp out."
+    require(not alone, "fsdp is set, but it shards over several processes, and this is a single one.", mend)
+    if args.torch_compile:
+        try:
+            torch.compile(lambda: None, backend=args.torch_compile_backend or "inductor", mode=args.torch_compile_mode)
+        except Exception as error:
+            what = f"torch_compile_backend={args.torch_compile_backend!r} with torch_compile_mode="
+            what += f"{args.torch_compile_mode!r} cannot be: {error}"
+            raise ConfigError(what, mend="Change them, or leave them out.") from error
+    if args.push_to_hub:
+        name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+        try:
+            validate_repo_id(name)
+        except ValueError as error:
+            what = f"push_to_hub: hub_model_id={name!r} is no name of a repository: {error}"
+            raise ConfigError(what, mend="Give hub_model_id as owner/name, or leave push_to_hub out.") from error
 
 
 def _check_datasets(given: Mapping[str, Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -147,6 +150,8 @@ class CoreConfig(TrainingArguments):
     def __post_init__(self) -> None:
         remember(self)
         check_options(self)
+        cls: Any = type(self)
+        given = [f.name for f in fields_of(cls) if getattr(self, f.name) != f.default]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and _has_bf16()
         elif self.bf16 and not torch.cuda.is_available():
@@ -165,10 +170,10 @@ class CoreConfig(TrainingArguments):
             f"label_smoothing_factor={self.label_smoothing_factor} is ignored by the losses of this algorithm.",
             "Leave it out; SFT takes it, and some preference losses have an option label_smoothing.",
         )
-        cls: Any = type(self)
         for f in fields_of(cls):
             if (mend := self.without_effect.get(f.name)) and (value := getattr(self, f.name)) != f.default:
                 raise ConfigError(f"{f.name}={value!r} has no effect here.", mend=mend)
+        self.report_to = "none" if self.report_to is None else self.report_to
         self.enable_jit_checkpoint = False  # every run saves a checkpoint when it is told to end
         _check_trackers(self.report_to)
         require(
@@ -179,14 +184,30 @@ class CoreConfig(TrainingArguments):
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except Exception as error:
-            what = f"transformers refuses the options: {error}"
-            raise ConfigError(what, mend="Change the option that is named.") from error
+            what = f"transformers refuses the options: {str(error).strip(' .')}."
+            install = "Install what is missing, or change" if isinstance(error, ImportError) else "Change"
+            raise ConfigError(what, mend=f"{install} one of the options given: {', '.join(given)}.") from error
+        self._check_checkpointing()
         self._check_optimization()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__repr__" not in vars(cls):  # a dataclass makes one that shows all
             cls.__repr__ = CoreConfig.__str__  # type: ignore[method-assign,assignment]
+
+    def _check_checkpointing(self) -> None:
+        """Refuse arguments of activation checkpointing that the first step would fail with."""
+        given = as_dict(self.activation_checkpointing_kwargs)
+        known = {*inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}
+        known |= {"preserve_rng_state", "every_n_layers", "offload"}
+        for name, value in given.items():
+            what = f"activation_checkpointing_kwargs has {name!r}, which nothing takes.{did_you_mean(name, known)}"
+            require(name in known, what, f"Use some of: {', '.join(sorted(known))}.")
+            whole = name == "every_n_layers"
+            fits = type(value) is int and value >= 1 if whole else type(value) in (bool, NoneType)
+            what = f"activation_checkpointing_kwargs has {name}={value!r}."
+            mend = "Give a whole number of at least 1." if whole else "Give True or False."
+            require(fits or name in ("context_fn", "determinism_check"), what, mend)
 
     def _check_optimization(self) -> None:
         """Try the schedule, which would otherwise fail, or ignore what it is given, when training begins."""
@@ -196,11 +217,16 @@ class CoreConfig(TrainingArguments):
         unknown = [name for name in given if name not in known and "kwargs" not in known]
         what = f"lr_scheduler_kwargs has {unknown}, which lr_scheduler_type={schedule.value!r} does not take."
         require(not unknown, what, f"Use some of: {', '.join(list(known)[1:])}; or leave it out.")
+        mend = "Change lr_scheduler_kwargs, or use another schedule."
         try:
-            get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 1, 2, given)
+            optimizer = torch.optim.SGD([torch.zeros(1)], lr=float(self.learning_rate))
+            scheduler: Any = get_scheduler(schedule, optimizer, 10, 1000, given)
+            rates = [part(step) for part in getattr(scheduler, "lr_lambdas", []) for step in (0, 1, 11, 500, 1000)]
         except Exception as error:
             what = f"lr_scheduler_type={schedule.value!r} with lr_scheduler_kwargs={given} cannot be: {error}"
-            raise ConfigError(what, mend="Change lr_scheduler_kwargs, or use another schedule.") from error
+            raise ConfigError(what, mend=mend) from error
+        what = f"lr_scheduler_kwargs={given} make learning rates of {rates} times the initial one."
+        require(all(0 <= rate < math.inf for rate in rates), what, mend)
         fits = all(part.count("=") == 1 for part in self.optim_args.split(",")) if self.optim_args else True
         what = f"optim_args={self.optim_args!r} is not of the form key=value,key=value."
         require(fits, what, "Write the arguments of the optimizer so.")
@@ -407,6 +433,12 @@ class OnlineConfig(CoreConfig):
         for name in given:
             what = f"generation_kwargs has {name!r}, which generation does not take.{did_you_mean(name, vars(known))}"
             require(hasattr(known, str(name)), what, "Use names of transformers.GenerationConfig.")
+            value, is_token = given[name], str(name).endswith("_token_id")
+            what = f"generation_kwargs has {name}={value!r}."
+            require(not isinstance(value, float) or math.isfinite(value), what, "Give a finite number.")
+            ids = [each for each in (value if isinstance(value, list | tuple) else [value]) if each is not None]
+            fits = all(type(each) is int and each >= 0 for each in ids)
+            require(not is_token or fits, what, "Give the number of a token, or a list of such.")
         for f in fields_of(cls):
             if given.get(f.name) is not None:  # what is an option as well
                 checked(given[f.name], f)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput
 
-from ..errors import OutputDirError, RewardError
+from ..errors import ConfigError, OutputDirError, RewardError
 from .callbacks import OUTSIDE, STEP_ENDED
 from .checkpoints import CheckpointedTrainer
 from .folder import RunFolder, on_main
@@ -138,6 +138,26 @@ class RunTrainer(CheckpointedTrainer):
     def after_step(self, only: set[str] | None = None) -> None:
         """Call the hooks `after_step`."""
         raise NotImplementedError
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return bool(super()._determine_best_metric(metrics, trial))
+        except KeyError as error:
+            what = f"metric_for_best_model={self.args.metric_for_best_model!r} is none of the evaluation's metrics."
+            raise ConfigError(what, mend=f"Use one of: {', '.join(metrics)}.") from error
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in `transformers.Trainer`; what the Hub refuses is told.
+
+        Raises:
+            ConfigError: the repository cannot be made or reached.
+        """
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:
+            what = f"push_to_hub: the repository cannot be made: {type(error).__name__}: {error}"
+            mend = "Log in (`hf auth login`), see that the Hub can be reached, check hub_model_id, or leave it out."
+            raise ConfigError(what, mend=mend) from error
 
     # -- stopping -------------------------------------------------------------------------------------------------
     def _maybe_log_save_evaluate(
