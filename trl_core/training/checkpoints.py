@@ -380,6 +380,17 @@ class CheckpointedTrainer(Trainer):
                 return
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        try:
+            on_main(lambda: verify(best, read_manifest(best)))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The best model cannot be loaded: {error.what}",
+                mend="load_best_model_at_end=False takes the model of the last step.",
+            ) from error
+        super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._resume is None:
             return
