@@ -80,6 +80,15 @@ def test_finished_run_is_left_as_it_is(resume, finished, done, capsys):
     assert output.metrics["train_loss"] == output.training_loss
 
 
+@pytest.mark.parametrize("fewer", [3, pytest.param(0, marks=SLOW)])
+def test_finished_run_is_not_called_finished_where_fewer_steps_are_asked_for(fewer, done, capsys):
+    before = seen(done)
+    with pytest.raises(CheckpointError, match=f"is at step 4; this run ends at step {fewer}"):
+        run(done, max_steps=fewer).train(resume_from_checkpoint="auto")
+    told = capsys.readouterr()
+    assert "finished" not in told.out and "stops after" not in told.err and seen(done) == before
+
+
 def test_finished_run_goes_on_with_more_steps(done, tmp_path):
     # The schedule of the examples is constant, so that the longer run is the same as far as the shorter one goes.
     trainer = run(done, max_steps=7)

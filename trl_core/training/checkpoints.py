@@ -335,8 +335,6 @@ class CheckpointedTrainer(Trainer):
             check_weights([folder / f"{name}.safetensors"], module.state_dict(), folder)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self._resume is not None:
-            self._compare_length(max_steps, *self._resume)
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, resume_from_checkpoint
         )

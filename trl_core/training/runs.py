@@ -103,6 +103,7 @@ class RunTrainer(CheckpointedTrainer):
         done, owed = self.state.global_step, (self._resume or ("", {}))[1].get("owed", {})
         of = f"step {done} of {max_steps}"
         if self._resume:
+            self._compare_length(max_steps, *self._resume)
             self._say(f"Resuming from {self._resume[0]} at {of}; steps left: {max(max_steps - done, 0)}.")
         self.nothing_left = done >= max_steps and not any(owed.values())
         if done >= max_steps:
