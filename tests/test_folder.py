@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trl_core.errors import OutputDirError
+from trl_core.errors import CheckpointError, OutputDirError
 from trl_core.training import folder as folder_module
 from trl_core.training.callbacks import JsonlMetricsCallback
 from trl_core.training.folder import LOCK_FILE, RunFolder
@@ -79,6 +80,15 @@ def test_finished_run_is_left_as_it_is(resume, finished, done, capsys):
     assert output.metrics["train_loss"] == output.training_loss
 
 
+@pytest.mark.parametrize("fewer", [3, pytest.param(0, marks=SLOW)])
+def test_finished_run_is_not_called_finished_where_fewer_steps_are_asked_for(fewer, done, capsys):
+    before = seen(done)
+    with pytest.raises(CheckpointError, match=f"is at step 4; this run ends at step {fewer}"):
+        run(done, max_steps=fewer).train(resume_from_checkpoint="auto")
+    told = capsys.readouterr()
+    assert "finished" not in told.out and "stops after" not in told.err and seen(done) == before
+
+
 def test_finished_run_goes_on_with_more_steps(done, tmp_path):
     # The schedule of the examples is constant, so that the longer run is the same as far as the shorter one goes.
     trainer = run(done, max_steps=7)
@@ -121,6 +131,45 @@ def test_final_model_is_the_best_one_also_when_the_finished_run_is_resumed(tmp_p
     assert first.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     again.train(resume_from_checkpoint=True)
     assert differences(end_state(again)["weights"], end_state(first)["weights"]) == []
+
+
+def with_best_first(folder, **options):
+    """A run whose first step is its best, and that keeps one checkpoint beside it."""
+    found = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = make_trainer(folder, "SFT", {"eval_dataset": texts(4, 5)}, **{**RUN, **found, "max_steps": 2, **options})
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: {**evaluate(*a, **k), "eval_loss": float(trainer.state.global_step)}
+    return trainer
+
+
+@pytest.mark.parametrize("way", ["moved", pytest.param("named from here", marks=SLOW)])
+def test_best_checkpoint_is_kept_and_taken_where_the_folder_is_now(way, tmp_path, monkeypatch):
+    first, place = with_best_first(tmp_path / "old"), tmp_path / "old"
+    first.train()
+    if way == "moved":
+        place = place.rename(tmp_path / "new")
+    else:
+        monkeypatch.chdir(tmp_path)
+        place = place.relative_to(tmp_path)
+    again = with_best_first(place, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert checkpoints(place) == ["checkpoint-1", "checkpoint-3"]
+    assert differences(end_state(again)["weights"], end_state(first)["weights"]) == []
+
+
+@pytest.mark.parametrize("size", [None, pytest.param(1000, marks=SLOW)])
+def test_best_checkpoint_that_is_damaged_is_not_taken(size, tmp_path):
+    with_best_first(tmp_path).train()
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    content = bytearray(file.read_bytes()[:size])
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"best model cannot be loaded: model\.safetensors of 'checkpoint-1'"
+    ) as e:
+        with_best_first(tmp_path).train(resume_from_checkpoint=True)
+    assert "load_best_model_at_end=False" in e.value.mend
+    with_best_first(tmp_path, load_best_model_at_end=False).train(resume_from_checkpoint=True)
 
 
 # -- what a resumed run says and keeps --------------------------------------------------------------------------------
@@ -216,6 +265,26 @@ def test_run_that_left_nothing_to_go_on_from_may_be_started_again(tmp_path):
     run(tmp_path, max_steps=2).train()
     assert steps(tmp_path) == [1, 2] and not (tmp_path / PARTIAL).exists()
     assert read_run(tmp_path)["run"] != "abc"
+
+
+@pytest.mark.parametrize("name", [RUN_FILE, "metrics.jsonl"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_in_the_place_of_one_is_named(make, name, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(OutputDirError, match=f"{name} in output_dir=.* is no file"):
+        RunFolder(tmp_path).check(None, overwrite=True)
+
+
+def test_file_where_checkpoints_are_written_is_in_nobodys_way(tmp_path):
+    (tmp_path / PARTIAL).write_text("")
+    run(tmp_path, max_steps=1).train()
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+
+
+def test_metrics_of_a_run_that_cannot_be_read_are_no_error(tmp_path):
+    RunFolder(tmp_path).begin("sft")
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n')
+    RunFolder(tmp_path).check(None, overwrite=True)
 
 
 def test_metrics_of_somebody_else_are_not_written_to(tmp_path):

@@ -286,3 +286,13 @@ def test_given_optimizer_and_schedule_are_compared_and_act(tmp_path):
         trainer.args.resume_check = "warn"
         trainer.train(resume_from_checkpoint=checkpoint)
         assert rate(trainer) == pytest.approx(changed[0])  # it starts anew
+
+
+def test_optimizer_with_other_groups_starts_anew(saved, tmp_path, caplog):
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    options = {"resume_check": "warn", "lr_scheduler_type": "constant"}
+    trainer = made(tmp_path, {"model": model, "optimizers": (optimizer, None)}, **options)
+    trainer.train(resume_from_checkpoint=str(saved))
+    assert "The optimizer has other groups of parameters: its state starts anew." in caplog.messages
+    assert rate(trainer) == 2e-2 and trainer.optimizer.state_dict()["state"][0]["step"] == 1

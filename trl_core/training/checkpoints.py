@@ -335,8 +335,6 @@ class CheckpointedTrainer(Trainer):
             check_weights([folder / f"{name}.safetensors"], module.state_dict(), folder)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if self._resume is not None:
-            self._compare_length(max_steps, *self._resume)
         prepared = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, resume_from_checkpoint
         )
@@ -379,6 +377,17 @@ class CheckpointedTrainer(Trainer):
                 policy.load_state_dict(converted_weights(Path(resume_from_checkpoint), policy))
                 return
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        try:
+            on_main(lambda: verify(best, read_manifest(best)))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The best model cannot be loaded: {error.what}",
+                mend="load_best_model_at_end=False takes the model of the last step.",
+            ) from error
+        super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._resume is None:

@@ -189,11 +189,23 @@ class RunFolder:
 
     # -- what is left of earlier runs -----------------------------------------------------------------------------
     def recover(self) -> None:
-        """Put checkpoints that were complete, but for their name, in their place; drop what was not."""
+        """Put checkpoints that were complete, but for their name, in their place; drop what was not.
+
+        Raises:
+            OutputDirError: something else stands where a file of the run has to be.
+        """
         for path in all_checkpoints(self.path / PARTIAL):
             if is_complete(path) and not (self.path / path.name).exists():
                 os.replace(path, self.path / path.name)
         shutil.rmtree(self.path / PARTIAL, ignore_errors=True)
+        if not (self.path / PARTIAL).is_dir():  # a file would be in the way of every checkpoint
+            (self.path / PARTIAL).unlink(missing_ok=True)
+        for name in (RUN_FILE, METRICS_FILE):
+            if (self.path / name).exists() and not (self.path / name).is_file():
+                raise OutputDirError(
+                    f"{name} in output_dir={str(self.path)!r} is no file.",
+                    mend="Move it away, or take another output_dir.",
+                )
 
     def clear(self) -> None:
         """Delete what runs of this kind have left: checkpoints, metrics, completions, the record; nothing else."""
@@ -240,5 +252,5 @@ def _is_ours(metrics: Path) -> bool:
 
 def _has_steps(metrics: Path) -> bool:
     """Whether a run has logged there, and not only an evaluation before it."""
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
     return any(line["step"] > 0 for line in map(metrics_line, lines) if line)

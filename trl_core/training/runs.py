@@ -96,9 +96,14 @@ class RunTrainer(CheckpointedTrainer):
         begun = super()._init_training_state(max_steps, *args)
         # Else those of the checkpoint would be kept.
         self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
+        # The folder may have been moved, or be named in another way now.
+        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self._resume and self.args.should_save and best.is_dir() and self.run.owns(best):
+            self.state.best_model_checkpoint = str(best)
         done, owed = self.state.global_step, (self._resume or ("", {}))[1].get("owed", {})
         of = f"step {done} of {max_steps}"
         if self._resume:
+            self._compare_length(max_steps, *self._resume)
             self._say(f"Resuming from {self._resume[0]} at {of}; steps left: {max(max_steps - done, 0)}.")
         self.nothing_left = done >= max_steps and not any(owed.values())
         if done >= max_steps:
@@ -220,7 +225,7 @@ class RunTrainer(CheckpointedTrainer):
             at = f"after step {self.state.global_step} of {self.state.max_steps}" if begun else "before the first step"
             self._say(f"Stopped by {stop.name} {at}. {self._how_to_go_on()}", error=True)
             stop.told = True
-        elif begun and self._saved_step:
+        elif callbacks.phase != OUTSIDE and self._saved_step:
             logger.error("The run stops after step %d. %s", self.state.global_step, self._how_to_go_on())
         if asked and failure is not None:
             raise failure

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 logger = logging.getLogger(__name__)
 _OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
@@ -36,20 +36,30 @@ class _Untouched:
         """Nothing."""
 
 
+def _sizes(state: dict[str, Any]) -> list[int]:
+    return [len(group["params"]) for group in state["param_groups"]]
+
+
+def _saved_sizes(folder: Path) -> list[int]:
+    """The numbers of parameters in the groups of the optimizer that wrote a checkpoint."""
+    return _sizes(torch.load(folder / OPTIMIZER_NAME, map_location="meta", weights_only=True))
+
+
 def load_with_new_values(
     trainer: Any, folder: Path, record: dict[str, Any], changed: Collection[str], load: Callable[[str], None]
 ) -> None:
     """Load the states with `load`, and let the values of this run act: those of the optimizer and the learning rates.
 
-    The state of an optimizer of another class is of no use; it starts anew. A schedule that is a function of the step
-    goes on at its step; another one whose learning rates changed starts anew.
+    The state of an optimizer of another class, or with other groups, is of no use; it starts anew. A schedule that is a
+    function of the step goes on at its step; another one whose learning rates changed starts anew.
     """
     optimizer, schedule = trainer.optimizer, trainer.lr_scheduler
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     of_steps = isinstance(schedule, LambdaLR)
     new_rates = any(map(_RATES.search, changed))
     new_class = record.get("optimizer") not in (None, optimizer_class(optimizer))
-    keep_optimizer, keep_schedule = not new_class, not (of_steps or new_rates)
+    new_groups = not new_class and _sizes(optimizer.state_dict()) != _saved_sizes(folder)
+    keep_optimizer, keep_schedule = not (new_class or new_groups), not (of_steps or new_rates)
     trainer.optimizer = optimizer if keep_optimizer else _Untouched()
     trainer.lr_scheduler = schedule if keep_schedule else _Untouched()
     try:
@@ -60,6 +70,8 @@ def load_with_new_values(
         group.update({name: value for name, value in own.items() if name != "lr" or not keep_schedule})
     if new_class:
         logger.warning("The optimizer is another one (%s): its state starts anew.", optimizer_class(optimizer))
+    elif new_groups:
+        logger.warning("The optimizer has other groups of parameters: its state starts anew.")
     if of_steps:
         saved = torch.load(folder / SCHEDULER_NAME, weights_only=True)
         schedule.last_epoch = saved.get("last_epoch", trainer.state.global_step)

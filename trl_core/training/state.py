@@ -283,8 +283,10 @@ def step_of(folder: Path, record: dict[str, Any]) -> int:
 
 def read_run(folder: str | Path) -> dict[str, Any] | None:
     """The record of the run that a folder or a checkpoint belongs to; None if there is none."""
+    file = Path(folder) / RUN_FILE
     try:
-        record = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+        # Of a pipe nothing is read: that would wait for ever.
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("run"), str) else None
