@@ -384,6 +384,15 @@ def test_broken_declaration_is_named(kind, packages, tmp_path):
     assert said in error and "zeta" in error and "\n  To mend: " in error, error
 
 
+@pytest.mark.parametrize("name", ["model", "config", "help", "resume"])
+def test_option_with_the_name_of_a_key_of_a_run_is_told(name, packages, capsys):
+    install(packages, "pass", **options(f"{name}: int = option(1, 'x')"))
+    assert main(["train", "zeta", "--beta", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"{name!r} of 'zeta' is also the name" in said or f"'{name}' of 'run'" in said
+    assert "rename it" in said and "Traceback" not in said
+
+
 def test_extra_model_of_two_plugins_that_is_one_module_is_refused(packages, tmp_path):
     class Gives(TrainerCallback):
         def __init__(self, name):
