@@ -126,6 +126,24 @@ HOOKS = {
     **answers("advantages", "return (x for x in rollouts.reward)", "return torch.zeros(4).to_sparse()"),
     **answers("advantages", "rollouts.notes['v'] = [1.0]; return torch.zeros(4)"),
     **answers("advantages", "rollouts.notes = None; return torch.zeros(4)"),
+    **answers("generate", "return Generated(completion_ids=torch.ones(4, 3, dtype=torch.long))"),
+    **answers("advantages", "return torch.nested.nested_tensor([torch.zeros(4)])"),
+    **answers("select", "samples.notes = {'x': 3}; return samples"),
+    **{
+        f"logs {given}": (hook("advantages", f"self.context.log({given})\n    return rollouts.reward"), "'advantages'")
+        for given in (
+            "'x', 'abc'",
+            "'x', None",
+            "'x', torch.zeros(3)",
+            "'x', 1j",
+            "'x', 10**400",
+            "3, 1.0",
+            "'', 1.0",
+            "'\\ud800', 1.0",
+            "'x', 1.0, None",
+            "'x', 1.0, 1.0, 'sum'",
+        )
+    },
     **answers("advantages", "async def later(): return 1\n    return later()"),
     **answers("select", "pass", "return [samples]", "samples.position += 100; return samples"),
     **answers("select", "samples.position -= 1; return samples", "samples.advantages = None; return samples"),
@@ -168,7 +186,21 @@ QUICK = (
     "async",
     "evil",
 )
-QUICK += ("policy}", "a pipe", "hostile", "an escape", "finder", "terabyte", "private", "a method", "never called")
+QUICK += (
+    "policy}",
+    "a pipe",
+    "hostile",
+    "an escape",
+    "finder",
+    "terabyte",
+    "private",
+    "a method",
+    "never called",
+    "nested",
+    "logs",
+    "= {'x'",
+    "torch.ones(4, 3",
+)
 
 
 def quick(kinds):
@@ -202,6 +234,7 @@ def refusal(trainer, where):
     with pytest.raises(TRLCoreError) as caught:
         trainer.train()
     said = str(caught.value)
+    said += "".join(getattr(caught.value, "__notes__", ()))
     assert "zeta" in said and where in said and "\n  To mend: " in said, said
     assert "\x1b" not in said
     said.encode()
@@ -349,6 +382,15 @@ def test_broken_declaration_is_named(kind, packages, tmp_path):
         make_trainer(tmp_path, "zeta", trainer={"model": model, "rollouts": completions(2, 2, 2, 2)})
     error = str(caught.value)
     assert said in error and "zeta" in error and "\n  To mend: " in error, error
+
+
+@pytest.mark.parametrize("name", ["model", "config", "help", "resume"])
+def test_option_with_the_name_of_a_key_of_a_run_is_told(name, packages, capsys):
+    install(packages, "pass", **options(f"{name}: int = option(1, 'x')"))
+    assert main(["train", "zeta", "--beta", "0"]) == 2
+    said = capsys.readouterr().err
+    assert f"{name!r} of 'zeta' is also the name" in said or f"'{name}' of 'run'" in said
+    assert "rename it" in said and "Traceback" not in said
 
 
 def test_extra_model_of_two_plugins_that_is_one_module_is_refused(packages, tmp_path):

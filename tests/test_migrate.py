@@ -513,3 +513,13 @@ def test_without_libcst_the_mend_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "libcst", None)
     assert main(["migrate", str(tmp_path)]) == 2
     assert "pip install 'trl-core[migrate]'" in capsys.readouterr().err
+
+
+def test_pipes_and_links_in_a_circle_are_told(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / "circle.py").symlink_to("circle.py")
+    (tmp_path / "good.py").write_text("from trl import SFTTrainer\n")
+    assert main(["migrate", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "pipe.py is no regular file" in err and "circle.py: Too many levels" in err
+    assert "+from trl_core import SFTTrainer" in out

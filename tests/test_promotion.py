@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -657,3 +658,9 @@ def test_evidence_of_this_repository_can_be_read(folder):
     assert {claim.algorithm for claim in found} == {*Project(folder).algorithms}
     assert all(claim.missing is None or not claim.reproduced for claim in found), "reproduced, but not shown"
     conformance.read(folder / conformance.FILE)
+
+
+def test_a_pipe_in_place_of_the_project_file_is_told(tmp_path):
+    os.mkfifo(tmp_path / "pyproject.toml")
+    with pytest.raises(ProjectError, match="no regular file"):
+        Project(tmp_path)

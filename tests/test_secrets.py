@@ -241,6 +241,10 @@ def test_a_secret_default_is_not_shown(guarded, capsys):
         "access_tokens",
         "password_value",
         "db_pass",
+        "PGPASSWORD",
+        "otp",
+        "passwort",
+        "sessionid",
     ],
 )
 def test_named_like_a_secret(name):
@@ -278,6 +282,10 @@ def test_not_a_secret(name, value):
         ("https://ghtoken@github.com/a/b", "https://<hidden>@github.com/a/b"),
         ("https://host/@user?a=1", "https://host/@user?a=1"),
         ("git@github.com:a/b", "git@github.com:a/b"),
+        ("https://a.net/c?sv=1&sig=ab%2Fcdefgh&x=1", "https://a.net/c?sv=1&sig=<hidden>&x=1"),
+        ("https://a/x?X-Amz-Signature=0123456789&y=1", "https://a/x?X-Amz-Signature=<hidden>&y=1"),
+        ("https://hooks.slack.com/services/T0000/B0000/abcd", "https://hooks.slack.com/services/<hidden>"),
+        ("//registry.npmjs.org/:_authToken=abcdefgh12", "//registry.npmjs.org/:_authToken=<hidden>"),
         ("Bearer abcdefgh1234", "Bearer <hidden>"),
         ("the one hf_abcdefghijklmnop1 is", "the one <hidden> is"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----\nx", "<hidden>\nx"),
@@ -295,6 +303,12 @@ def test_texts_without_secrets(text, expected):
 def test_long_texts_take_no_longer_than_short_ones_do(piece):
     text = piece * (60_000 // len(piece))  # a pattern that looks back at all it has seen would take minutes
     assert hide(f"{text} api_token='abcd1234'").endswith("<hidden>")
+
+
+def test_entries_of_a_list_of_variables():
+    given = [{"name": "API_KEY", "value": "abcd1234"}, {"name": "MODE", "value": "fast"}]
+    assert redacted(given) == [{"name": "API_KEY", "value": "<hidden>"}, given[1]]
+    assert redacted(given, drop=True) == [{"name": "API_KEY"}, given[1]]
 
 
 def test_copies_are_json_whatever_an_option_holds(tmp_path):

@@ -208,8 +208,8 @@ def _tensor(
     if not isinstance(answer, Tensor):
         raise _wrong(what, answer, f"a {dtype} tensor of shape {_either(shapes)}", mend)
     got = None
-    if answer.layout is not torch.strided or answer.device.type == "meta":
-        got = "a tensor without values of its own (sparse or meta)"
+    if answer.is_nested or answer.layout is not torch.strided or answer.device.type == "meta":
+        got = "a tensor without plain values (nested, sparse or meta)"
     elif tuple(answer.shape) not in shapes:
         got = f"shape {tuple(answer.shape)}"
     elif not _DTYPES[dtype](answer):
@@ -297,7 +297,9 @@ def _check_generate(given: Any, call: Mapping[str, Any], facts: Mapping[str, int
 
 def _lists(name: str, lists: Any, rows: int, dtype: str) -> Tensor:
     """All entries of N lists, one after the other."""
-    fits = isinstance(lists, Sequence | Tensor) and not isinstance(lists, str | bytes)
+    # Tokens are joined and decoded as lists.
+    fits = isinstance(lists, Sequence if dtype == "integer" else Sequence | Tensor)
+    fits = fits and not isinstance(lists, str | bytes)
     if fits and len(lists) != rows:
         what = "completions" if name == "completion_ids" else name
         raise HookResultError(
@@ -373,7 +375,8 @@ def _check_select(given: Any, call: Mapping[str, Any], facts: Mapping[str, int])
     for f in (f for f in fields(samples) if "axis" in f.metadata):
         value, what = getattr(samples, f.name), f"select, for {f.name},"
         if f.name == "notes":
-            _named(what, value, "for no note")
+            for name, note in _named(what, value, "for no note").items():
+                _is(Tensor, f"{what[:-1]} {name!r},", note)
         elif f.name in ("states", "last_states") or (value is None and f.default is None):
             continue  # not there before the loss
         else:

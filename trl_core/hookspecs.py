@@ -13,10 +13,14 @@ arguments you need, by name, without default values. Legend of shapes: see `trl_
 
 from __future__ import annotations
 
+import contextlib
+import reprlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
+
+from .errors import HookResultError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -162,6 +166,25 @@ def hook_kinds() -> dict[str, tuple[str, bool]]:
     return {name: (value.kind, value.refine) for name, value in specs}
 
 
+def _check_metric(name: Any, value: Any, weight: Any, reduce: str) -> None:
+    """Refuse where it is logged what cannot be averaged later; what a tensor holds is not read for that."""
+
+    def is_number(given: Any) -> bool:
+        if hasattr(given, "numel"):
+            return bool(given.numel() == 1 and not given.is_complex())
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return not isinstance(given, str | bytes) and isinstance(float(given), float)
+        return False
+
+    named = isinstance(name, str) and bool(name.strip()) and name.isprintable()
+    if not (named and is_number(value) and is_number(weight) and reduce in ("mean", "min", "max", "variance")):
+        raise HookResultError(
+            f"The metric {name!r} was logged with the value {reprlib.repr(value)}, the weight {reprlib.repr(weight)} "
+            f"and reduce={reduce!r}; expected a name, two numbers, and one of mean, min, max, variance.",
+            mend="Give context.log(name, value) one number, such as values.mean(); NaN says that there is none.",
+        )
+
+
 class HookContext:
     """What an algorithm's hooks know of the run. Passed to the hooks class when the trainer is made.
 
@@ -199,6 +222,7 @@ class HookContext:
         "variance" joins them like "mean" and takes the sample variance over the interval instead of its average.
         NaN is ignored. Evaluation adds the prefix `eval_`. A name of no run (outside a trainer) is dropped.
         """
+        _check_metric(name, value, weight, reduce)
         if self._log is not None:
             self._log(name, value, weight, reduce)
 

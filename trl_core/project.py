@@ -68,6 +68,9 @@ class Project:
     @cached_property
     def document(self) -> dict[str, Any]:
         """All of the `pyproject.toml`."""
+        if self.file.exists() and not self.file.is_file():
+            # A pipe would wait for ever.
+            raise ProjectError(f"{self.file} is no regular file.", mend="Put the file of the project in its place.")
         return tomllib.loads(self.file.read_text(encoding="utf-8"))
 
     @property

@@ -26,7 +26,8 @@ def _set(words: str) -> frozenset[str]:
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 _ANYWHERE = _set(
     "password passwords passwd passphrase passcode pwd secret secrets credential credentials cred creds bearer "
-    "authorization apikey apikeys apitoken authtoken accesstoken accesskey secretkey privatekey hftoken hubtoken jwt"
+    "authorization apikey apikeys apitoken authtoken accesstoken accesskey secretkey privatekey hftoken hubtoken jwt "
+    "pgpassword otp passwort kennwort sessionid"
 )
 _LAST = _set("auth oauth cookie cookies authentication")
 # A name that ends so speaks about a secret.
@@ -49,6 +50,10 @@ _SHAPES = re.compile(
     r"(?<![\w-])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[abeprs]-[\w-]{8,}"
     r"|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}+\.[\w-]{8,}+\.[\w-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+    r"|(?<=hooks\.slack\.com/services/)[\w/]{8,}|(?<=discord\.com/api/webhooks/)[\w/-]{8,}"
+    # The signature of a web address that is good for whoever has it.
+    r"|(?<=[?&]sig=)[^\s&\"']{8,}|(?<=[?&]X-Amz-Signature=)[^\s&\"']{8,}|(?<=[?&]X-Goog-Signature=)[^\s&\"']{8,}"
+    r"|(?<=:_authToken=)[^\s\"']{8,}|(?<=:_password=)[^\s\"']{8,}"
     r"|(?<=Bearer )[\w.~+/=-]{8,}|(?<=Basic )[\w.~+/=-]{8,}",
     re.DOTALL,
 )
@@ -221,6 +226,10 @@ def _copy(value: Any, note: _Note, marked: Set[str], drop: bool, depth: int = 0)
             value = as_dict()
     if isinstance(value, Mapping):
         kept: dict[str, Any] = {}
+        # {"name": "API_KEY", "value": VALUE}, as lists of variables have it.
+        entry = next((value[key] for key in ("name", "key") if isinstance(value.get(key), str)), None)
+        if entry is not None and _is_secret(entry, value.get("value")):
+            marked = marked | {"value"}
         for name, item in value.items():
             named = str(name) in marked or is_named_secret(name)
             if secret := (named and not isinstance(item, bool) and item not in (None, "")) or _is_secret(name, item):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from .. import install
-from ..errors import ConfigError, RewardError
+from ..errors import CompositionError, ConfigError, RewardError
 from ..names import did_you_mean, require_source
 from ..options import Field, fields_of, help_of, kinds, option, require
 from ..redaction import hide, hide_error, marked_in, remember
@@ -178,7 +178,12 @@ def _parser(name: str, groups: dict[str, list[Field]]) -> argparse.ArgumentParse
                 form["nargs"] = "+"
             elif bool in kinds(f.type):
                 form |= {"nargs": "?", "const": True}
-            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **form)
+            try:
+                group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **form)
+            except argparse.ArgumentError:
+                what = f"{f.name!r} of {title!r} is also the name of another key of `trl-core train`."
+                mend = "For its authors: rename it. From Python it can be used as it is."
+                raise CompositionError(what, mend=mend) from None
     return parser
 
 

@@ -53,7 +53,8 @@ def find(paths: Iterable[Path]) -> Iterator[Path]:
     seen: set[Path] = set()
     for path in paths:
         for file in _under(path) if path.is_dir() else [path]:
-            if (resolved := file.resolve()) not in seen:
+            # Not `resolve`, which raises where links go round in a circle.
+            if (resolved := Path(os.path.realpath(file))) not in seen:
                 seen.add(resolved)
                 yield file
 
@@ -74,6 +75,9 @@ def migrate(file: Path) -> Outcome:
     """Rewrite one script or notebook, without writing it."""
     outcome = Outcome(file)
     try:
+        if file.exists() and not file.is_file():  # a pipe would wait for ever
+            outcome.error = f"{file} is no regular file"
+            return outcome
         raw = file.read_bytes()
         if file.suffix == ".ipynb":
             outcome.before = raw.decode("utf-8")

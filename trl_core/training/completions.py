@@ -73,7 +73,7 @@ class CompletionLog(TrainerCallback):
             "truncated": rollouts.truncated.tolist(),
         }
         for name, values in zip(names, rollouts.rewards.T.tolist(), strict=True):
-            columns[_free(f"rewards/{name}", columns)] = values
+            columns[_free(_encodable(f"rewards/{name}"), columns)] = values
         self._latest = (step + 1, dict(columns))
         # Over several processes, and where rows are replaced, a function adds not just those of this batch; they cannot
         # be placed.
