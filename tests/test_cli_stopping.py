@@ -129,6 +129,7 @@ def test_checkpoint_that_is_not_there_is_told_before_anything_is_loaded(tmp_path
         "true": rf"no complete checkpoint in '{tmp_path}'.\n +- The checkpoint 'checkpoint-2' is not complete",
         str(tmp_path / "checkpoint-7"): "There is no checkpoint folder '.*checkpoint-7'",
         str(broken): "The checkpoint 'checkpoint-2' is not complete",
+        "checkpoint-2": f"no checkpoint folder 'checkpoint-2' here.\n.*Give '{broken}'",
     }
     for given, expected in told.items():
         missing = train(*NEEDED, "--output_dir", str(tmp_path), "--resume", given)

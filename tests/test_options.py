@@ -198,6 +198,8 @@ def test_value_of_a_secret_is_not_told():
         ("sft", {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 1}}, "lr_scheduler_kwargs has"),
         ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ("sft", {"optim_args": "foo"}, "optim_args='foo' is not of the form"),
+        ("sft", {"optim": "sgd", "optim_args": "momentum=0.9,momentun=1"}, "'momentun=1', which optim='sgd' does not"),
+        ("dpo", {"optim": "adafactor", "optim_args": "scale_parameter=1"}, "optim='adafactor' does not take"),
         (
             "grpo",
             {"generation_kwargs": {"max_new_token": 5}},

@@ -368,7 +368,7 @@ def failing_run(folder, how, call, *, trainer=None, **options):
 @pytest.mark.parametrize(
     ("how", "shape"), [*((how, "between_steps") for how in FAILURES), *(("raises", s) for s in list(SHAPES)[1:])]
 )
-def test_run_with_mended_reward_equals_the_one_that_never_failed(how, shape, tmp_path):
+def test_run_with_mended_reward_equals_the_one_that_never_failed(how, shape, tmp_path, caplog):
     message, timeout = FAILURES[how]
     options, call, step = SHAPES[shape]
     whole, _ = failing_run(tmp_path / "whole", None, call, **options)
@@ -383,6 +383,7 @@ def test_run_with_mended_reward_equals_the_one_that_never_failed(how, shape, tmp
         mended.train(resume_from_checkpoint=True)
     mended.args.resume_check = "warn"
     mended.train(resume_from_checkpoint=True)
+    assert ("generation batch from before the change: 1." in caplog.text) == (shape == "inside_a_step")
     assert differences(end_state(mended), end_state(whole)) == []
 
 

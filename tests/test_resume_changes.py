@@ -257,6 +257,15 @@ def test_weights_that_are_saved_under_other_names_are_resumed(tmp_path):
     assert [name for name, value in same.items() if not torch.equal(value, other[name])] == []
 
 
+def test_checkpoint_may_be_named_in_the_options(saved, tmp_path):
+    trainer = made(tmp_path, resume_from_checkpoint=str(saved))
+    trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3]
+    assert trainer._resume[0] == str(saved)
+    trainer.train(resume_from_checkpoint=False)
+    assert trainer._resume is None
+
+
 def test_run_that_is_given_its_own_checkpoint_as_model_goes_on(saved, tmp_path, caplog):
     given = {"model": str(saved), "processing_class": None}
     made(tmp_path, given).train(resume_from_checkpoint=str(saved))

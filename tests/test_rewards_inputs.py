@@ -277,7 +277,7 @@ def test_what_a_function_changes_nobody_else_sees(function):
     assert extra == [("note", ["seen"] * 3)]
 
 
-def test_run_is_the_same_beside_a_function_that_spoils_its_arguments(tmp_path):
+def test_run_is_the_same_beside_a_function_that_spoils_its_arguments(tmp_path, monkeypatch):
     """The prompts are trained on again in the second epoch."""
 
     def spoils(prompts, completions, answer, **_):
@@ -296,7 +296,8 @@ def test_run_is_the_same_beside_a_function_that_spoils_its_arguments(tmp_path):
     for listed in ([spoils, looks], [looks]):
         arguments = {"reward_funcs": listed, "train_dataset": data}
         trainer = make_trainer(tmp_path / str(len(listed)), trainer=arguments, max_steps=2)
-        trainer.processing_class.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        monkeypatch.setattr(trainer.processing_class, "chat_template", template)
         trainer.train()
         lines.append([(line["rewards/looks/mean"], line["loss"], line["grad_norm"]) for line in log_lines(trainer)])
     assert lines[0] == lines[1]

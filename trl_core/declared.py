@@ -10,6 +10,7 @@ from typing import Any
 from .answers import marked
 from .errors import CompositionError, InvalidHookError
 from .hookspecs import HookSpecs, hook_kinds
+from .options import fields_of, fits_itself
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -33,6 +34,11 @@ def check_fields(config: Any, base: type, origin: str) -> None:
         kept = f.name == "algorithm_name" or f.name.startswith("_") or hasattr(base, f.name)
         if kept and f.name not in inherited:
             refuse(f"has the option {f.name!r}, a name that the base keeps for itself", "Choose another name.")
+    own = {} if base is object else inspect.get_annotations(config)
+    for f in fields_of(config) if own else ():
+        if f.name in own and not fits_itself(f):
+            expected = f"the default {f.default!r}, which it does not take itself"
+            refuse(f"has the option {f.name!r} with {expected}", "Correct its type, range, choices or default.")
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------

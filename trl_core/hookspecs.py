@@ -183,6 +183,9 @@ def _check_metric(name: Any, value: Any, weight: Any, reduce: str) -> None:
             f"and reduce={reduce!r}; expected a name, two numbers, and one of mean, min, max, variance.",
             mend="Give context.log(name, value) one number, such as values.mean(); NaN says that there is none.",
         )
+    if name in ("loss", "grad_norm", "learning_rate", "epoch", "step"):
+        mend = f"Begin the name with that of the algorithm: 'NAME/{name}'."
+        raise HookResultError(f"The metric {name!r} was logged, which the trainer logs itself.", mend=mend)
 
 
 class HookContext:

@@ -190,6 +190,16 @@ def checked(value: Any, f: Field) -> Any:
         raise _refusal(f, value) from None
 
 
+def fits_itself(f: Field) -> bool:
+    """Whether the bounds of an option of `fields_of` are numbers, and its default is within them."""
+    try:
+        _fitted(f.default, f)
+    except TypeError:
+        return False
+    bounds = (f.metadata.get("range") or {}).values()
+    return all(isinstance(bound, int | float) and not math.isnan(bound) for bound in bounds)
+
+
 def _fitted(value: Any, f: Field) -> Any:
     """The value as a plain one of the first of the option's types that it fits; `TypeError` if it fits none."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:

@@ -27,7 +27,7 @@ _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 _ANYWHERE = _set(
     "password passwords passwd passphrase passcode pwd secret secrets credential credentials cred creds bearer "
     "authorization apikey apikeys apitoken authtoken accesstoken accesskey secretkey privatekey hftoken hubtoken jwt "
-    "pgpassword otp passwort kennwort sessionid"
+    "pgpassword otp pat passwort kennwort sessionid"
 )
 _LAST = _set("auth oauth cookie cookies authentication")
 # A name that ends so speaks about a secret.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -12,13 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, SchedulerType, TrainingArguments, get_scheduler
+from transformers import GenerationConfig, SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError
 from ..names import did_you_mean
@@ -230,6 +232,18 @@ class CoreConfig(TrainingArguments):
         fits = all(part.count("=") == 1 for part in self.optim_args.split(",")) if self.optim_args else True
         what = f"optim_args={self.optim_args!r} is not of the form key=value,key=value."
         require(fits, what, "Write the arguments of the optimizer so.")
+        for part in self.optim_args.split(",") if self.optim_args else ():
+            what = f"optim_args has {part!r}, which optim={OptimizerNames(self.optim).value!r} does not take."
+            require(self._optimizer_given(part) != self._optimizer_given(None), what, "Leave it out, or change optim.")
+
+    def _optimizer_given(self, optim_args: str | None) -> Any:
+        """What the optimizer is made with; something else each time where that takes a model or a package."""
+        with_these = copy.copy(self)
+        with_these.optim_args = optim_args
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(with_these)
+        except Exception:
+            return object()
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values, with secrets hidden; for trackers and records."""

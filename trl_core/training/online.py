@@ -486,6 +486,9 @@ class OnlineTrainer(RolloutSteps):
         if state.get("window") is not None and _SHAPING_WINDOWS & self._changed:
             logger.warning("The part-used generation batch of the checkpoint is dropped: batches are others now.")
             return {**state, "window": None}
+        if state.get("window") is not None and self._changed:
+            left = self.args.micro_steps - state["window"]["used"]
+            logger.warning("Micro-steps that still use a generation batch from before the change: %d.", left)
         return state
 
     def load_state_of_run(self, state: dict[str, Any]) -> None:

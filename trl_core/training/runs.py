@@ -44,7 +44,7 @@ class RunTrainer(CheckpointedTrainer):
 
         Args:
             resume_from_checkpoint: a checkpoint folder, True for the newest complete one in `output_dir`, or "auto"
-                for that one if there is any, and else a new run.
+                for that one if there is any, and else a new run. None: as the option of this name says.
             trial: as in `transformers.Trainer.train`.
             ignore_keys_for_eval: likewise.
 
@@ -52,6 +52,8 @@ class RunTrainer(CheckpointedTrainer):
             CheckpointError: there is no complete checkpoint, or it is from another algorithm or other options.
             OutputDirError: `output_dir` holds another run, or one is training in it.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resume = self._saved_step = self._last_norm = None
         self._changed = frozenset()
         self.owes_evaluation, self.owed_hooks, self.metrics = False, [], Metrics()

@@ -40,9 +40,11 @@ def _sizes(state: dict[str, Any]) -> list[int]:
     return [len(group["params"]) for group in state["param_groups"]]
 
 
-def _saved_sizes(folder: Path) -> list[int]:
-    """The numbers of parameters in the groups of the optimizer that wrote a checkpoint."""
-    return _sizes(torch.load(folder / OPTIMIZER_NAME, map_location="meta", weights_only=True))
+def _has_groups(optimizer: torch.optim.Optimizer, folder: Path) -> bool:
+    """Whether the groups of parameters are as large as those of a checkpoint; True where shards do not say it."""
+    file = folder / OPTIMIZER_NAME
+    saved = torch.load(file, map_location="meta", weights_only=True) if file.exists() else None
+    return saved is None or _sizes(optimizer.state_dict()) == _sizes(saved)
 
 
 def load_with_new_values(
@@ -58,7 +60,7 @@ def load_with_new_values(
     of_steps = isinstance(schedule, LambdaLR)
     new_rates = any(map(_RATES.search, changed))
     new_class = record.get("optimizer") not in (None, optimizer_class(optimizer))
-    new_groups = not new_class and _sizes(optimizer.state_dict()) != _saved_sizes(folder)
+    new_groups = not new_class and not _has_groups(optimizer, folder)
     keep_optimizer, keep_schedule = not (new_class or new_groups), not (of_steps or new_rates)
     trainer.optimizer = optimizer if keep_optimizer else _Untouched()
     trainer.lr_scheduler = schedule if keep_schedule else _Untouched()

@@ -343,6 +343,9 @@ def check_there(folder: str | Path, resume: str | bool) -> None:
         CheckpointError: there is none that is complete.
     """
     if resume is not True:
+        inside = Path(folder) / str(resume)
+        if inside.is_dir() and not os.path.isdir(str(resume)):
+            raise CheckpointError(f"There is no checkpoint folder {str(resume)!r} here.", mend=f"Give {str(inside)!r}.")
         read_manifest(str(resume))
         return
     complete, wrong = _complete(checkpoints(folder))
