@@ -1,6 +1,6 @@
 """The demo: GFPO on a small chat model and sums that can be checked, on a CPU in minutes.
 
-    python examples/demo/run.py [--model FOLDER_OR_HUB_ID] [--task sums] [--seed 0] [--steps 30]
+    python examples/demo/run.py [--model FOLDER_OR_HUB_ID] [--task sums] [--seed 0] [--steps 60]
 
 Uses the public API only. Leaves in the run folder: the last checkpoint, the trained model, `metrics.jsonl`,
 `completions/*.parquet`, `curves.png`, `before_after.json` and `summary.json`.
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="'smollm2', a folder, or a Hub id")
     parser.add_argument("--task", default=DEFAULT_TASK, help="which problems: 'sums', or a data set of reasoning-gym")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--prompts", type=int, default=4, help="problems per step")
     parser.add_argument("--num_generations", type=int, default=8, help="completions per problem")
     parser.add_argument("--keep", type=int, default=4, help="completions of each group that are trained on")
