@@ -8,6 +8,8 @@ from pathlib import Path
 import datasets
 import transformers
 
+from trl_core.testing import tiny_model, tiny_tokenizer
+
 
 @contextlib.contextmanager
 def loaded(file):
@@ -28,3 +30,11 @@ def loaded(file):
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
         datasets.enable_progress_bars()
+
+
+def give(monkeypatch, script, folder, **options):
+    """Let the script find a tiny model, a run folder and these options on its command line."""
+    tiny_model().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    options = {"model": folder / "model", "output": folder / "out", **options}
+    monkeypatch.setattr(sys, "argv", [script, *(f"--{name}={value}" for name, value in options.items())])

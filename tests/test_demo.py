@@ -6,9 +6,7 @@ import sys
 
 import pytest
 
-from trl_core.testing import tiny_model, tiny_tokenizer
-
-from .helpers_examples import loaded
+from .helpers_examples import give, loaded
 from .test_house import ROOT
 
 
@@ -55,10 +53,7 @@ def test_too_small_a_task_is_refused(demo):
 
 
 def test_script_trains_with_the_reward_of_its_task_and_leaves_its_files(tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    options = {"model": tmp_path / "model", "output": tmp_path / "out", "steps": 1, "prompts": 1, "eval_size": 2}
-    monkeypatch.setattr(sys, "argv", ["run.py", *(f"--{name}={value}" for name, value in options.items())])
+    give(monkeypatch, "run.py", tmp_path, steps=1, prompts=1, eval_size=2)
     with loaded(ROOT / "examples" / "demo" / "run.py") as module:
         module.main()
     left = {path.name for path in (tmp_path / "out").iterdir()}

@@ -1,13 +1,10 @@
 """The scripts of the examples, with a tiny model and a step or two, so that none falls behind the interface."""
 
 import json
-import sys
 
 import pytest
 
-from trl_core.testing import tiny_model, tiny_tokenizer
-
-from .helpers_examples import loaded
+from .helpers_examples import give, loaded
 from .test_house import ROOT
 
 OPTIONS = {
@@ -20,10 +17,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("script", OPTIONS)
 def test_script_trains_and_leaves_what_it_says(script, tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    options = {"model": tmp_path / "model", "output": tmp_path / "out", **OPTIONS[script]}
-    monkeypatch.setattr(sys, "argv", [script, *(f"--{name}={value}" for name, value in options.items())])
+    give(monkeypatch, script, tmp_path, **OPTIONS[script])
     with loaded(ROOT / script) as module:
         if hasattr(module, "main"):
             module.main()

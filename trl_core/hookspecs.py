@@ -166,6 +166,12 @@ def hook_kinds() -> dict[str, tuple[str, bool]]:
     return {name: (value.kind, value.refine) for name, value in specs}
 
 
+REDUCTIONS = ("mean", "min", "max", "variance")
+"""How the values of a metric are joined, see `HookContext.log`."""
+TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step")
+"""Names of what `transformers.Trainer` logs itself."""
+
+
 def _check_metric(name: Any, value: Any, weight: Any, reduce: str) -> None:
     """Refuse where it is logged what cannot be averaged later; what a tensor holds is not read for that."""
 
@@ -177,13 +183,13 @@ def _check_metric(name: Any, value: Any, weight: Any, reduce: str) -> None:
         return False
 
     named = isinstance(name, str) and bool(name.strip()) and name.isprintable()
-    if not (named and is_number(value) and is_number(weight) and reduce in ("mean", "min", "max", "variance")):
+    if not (named and is_number(value) and is_number(weight) and reduce in REDUCTIONS):
         raise HookResultError(
             f"The metric {name!r} was logged with the value {reprlib.repr(value)}, the weight {reprlib.repr(weight)} "
             f"and reduce={reduce!r}; expected a name, two numbers, and one of mean, min, max, variance.",
             mend="Give context.log(name, value) one number, such as values.mean(); NaN says that there is none.",
         )
-    if name in ("loss", "grad_norm", "learning_rate", "epoch", "step"):
+    if name in TRAINER_METRICS:
         mend = f"Begin the name with that of the algorithm: 'NAME/{name}'."
         raise HookResultError(f"The metric {name!r} was logged, which the trainer logs itself.", mend=mend)
 

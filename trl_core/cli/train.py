@@ -349,10 +349,8 @@ def _train(composition: Any, values: dict[str, Any], options: dict[str, Any], ar
     endless = values.get("streaming") and config.max_steps < 1
     require(not endless, "streaming without max_steps: a stream has no end that is known.", "Set max_steps.")
 
-    from ..training.base import check_output_dir
     from ..training.folder import RunFolder
 
-    check_output_dir(config.output_dir)
     run = RunFolder(config.output_dir)
     with run.held():
         run.check(values.get("resume"), overwrite=config.overwrite_output_dir)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import ConfigError, RewardError
+from ..hookspecs import REDUCTIONS, TRAINER_METRICS
 from ..names import did_you_mean
 from ..processes import Noted, scores
 
 PROVIDED = ("prompts", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
 """What a reward function gets beside the columns of the dataset."""
 _OWN_METRICS = re.compile(
-    "loss|grad_norm|learning_rate|epoch|step|num_tokens|total_flos|entropy|kl|reward|reward_std|frac_reward_zero_std"
+    f"{'|'.join(TRAINER_METRICS)}|num_tokens|total_flos|entropy|kl|reward|reward_std|frac_reward_zero_std"
     "|rewards/.+/(mean|std)|(time|completions|clip_ratio)/.+|(train|eval)_(loss|runtime|reward)"
 )
 LARGEST = 1e16
@@ -143,12 +144,11 @@ def logged(name: str, noted: Noted, rows: int) -> Iterator[tuple[str, tuple[Any,
 def _metric(function: str, name: Any, value: Any, weight: Any = 1.0, reduce: Any = "mean") -> tuple[Any, ...]:
     numbers: list[Any] = list(scores([value, weight]))
     fits = all(isinstance(number, float) and abs(number) != float("inf") for number in numbers)
-    reductions = ("mean", "min", "max", "variance")
-    if not (isinstance(name, str) and name and fits and reduce in reductions and not numbers[1] < 0):
+    if not (isinstance(name, str) and name and fits and reduce in REDUCTIONS and not numbers[1] < 0):
         raise RewardError(
             f"The reward function {function!r} logged the metric {name!r} with the value {numbers[0]}, the weight "
             f"{numbers[1]} and reduce={reduce!r}; expected a name, a finite number, a weight of at least 0, and one of "
-            f"{', '.join(reductions)}.",
+            f"{', '.join(REDUCTIONS)}.",
             mend="Give log_metric(name, value) a number; NaN says that there is none.",
         )
     if _OWN_METRICS.fullmatch(name):

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..batch import TokenRows
 from ..declared import implements_hooks
-from ..errors import ConfigError, HookResultError, NonFiniteLossError, OutputDirError
+from ..errors import ConfigError, HookResultError, NonFiniteLossError
 from ..hookspecs import HookContext, hookimpl
 from ..models.layout import PADDED, Layouts, layouts_of
 from ..models.loading import (
@@ -44,6 +43,7 @@ from .arguments import check_arguments, check_names, given_arguments
 from .callbacks import STEP_BEGUN, CarefulCallbacks
 from .card import sources
 from .checkpoints import CHECKPOINT_FILES
+from .folder import check_output_dir
 from .loader import as_is
 from .metrics import Metrics
 from .runs import RunTrainer
@@ -637,15 +637,3 @@ def rows_for_inspection(rows: TokenRows, tokenizer: Any) -> list[dict[str, Any]]
     for row, value in zip(found, [] if advantages is None else rows.mean_per_row(advantages).tolist(), strict=False):
         row["advantage"] = value
     return found
-
-
-def check_output_dir(folder: str) -> None:
-    """Raise `OutputDirError` unless files can be made in the folder (which is created)."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = getattr(error, "strerror", None) or error
-        what = f"output_dir={folder!r} cannot be written: {reason}."
-        raise OutputDirError(what, mend="Choose another folder.") from error

@@ -54,6 +54,7 @@ from .state import (
     none_complete,
     publish,
     read_manifest,
+    read_named,
     read_state,
     rotate,
     split_tensors,
@@ -291,7 +292,7 @@ class CheckpointedTrainer(Trainer):
                     mend="Name a checkpoint folder, or give True for the newest sound one in output_dir.",
                 )
             folder = Path(os.fsdecode(given))
-            record = read_manifest(folder)
+            record = read_named(os.fsdecode(given), self.args.output_dir)
             check_resumable(folder, record)
             verify(folder, record)
             return folder, record

@@ -77,7 +77,7 @@ class RunFolder:
         """While active, no other process trains in the folder. The thread that holds it may enter again.
 
         Raises:
-            OutputDirError: another one does.
+            OutputDirError: another one does, or nothing can be written there.
         """
         locked = on_main(self._acquire)
         try:
@@ -87,7 +87,7 @@ class RunFolder:
                 self._lock.release()
 
     def _acquire(self) -> bool:
-        self.path.mkdir(parents=True, exist_ok=True)
+        check_output_dir(str(self.path))
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -217,6 +217,18 @@ class RunFolder:
             written.append(self.path / METRICS_FILE)
         for file in [*written, self.path / RUN_FILE]:
             file.unlink(missing_ok=True)
+
+
+def check_output_dir(folder: str) -> None:
+    """Raise `OutputDirError` unless files can be made in the folder (which is created)."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        what = f"output_dir={folder!r} cannot be written: {reason}."
+        raise OutputDirError(what, mend="Choose another folder.") from error
 
 
 def write_run(folder: Path, record: dict[str, Any]) -> None:

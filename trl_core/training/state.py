@@ -326,10 +326,19 @@ def newest_sound(folder: str | Path) -> tuple[Path | None, list[str]]:
 
 def none_complete(folder: str | Path, wrong: list[str]) -> CheckpointError:
     """The error for a folder without a checkpoint to go on from, and what is wrong with those that are there."""
+    listed = "".join(f"\n  - {what}" for what in wrong)
     return CheckpointError(
-        f"There is no complete checkpoint in {str(folder)!r}.{''.join(f'{chr(10)}  - {what}' for what in wrong)}",
+        f"There is no complete checkpoint in {str(folder)!r}.{listed}",
         mend="Start without resume_from_checkpoint, or point it to a checkpoint folder.",
     )
+
+
+def read_named(checkpoint: str, folder: str | Path) -> dict[str, Any]:
+    """The record of a checkpoint that a user names, for a run in `folder`; raises what `read_manifest` does."""
+    inside = os.path.join(folder, checkpoint)
+    if os.path.isdir(inside) and not os.path.isdir(checkpoint):  # asks nothing of names that no file can have
+        raise CheckpointError(f"There is no checkpoint folder {checkpoint!r} here.", mend=f"Give {inside!r}.")
+    return read_manifest(checkpoint)
 
 
 def check_there(folder: str | Path, resume: str | bool) -> None:
@@ -343,10 +352,7 @@ def check_there(folder: str | Path, resume: str | bool) -> None:
         CheckpointError: there is none that is complete.
     """
     if resume is not True:
-        inside = Path(folder) / str(resume)
-        if inside.is_dir() and not os.path.isdir(str(resume)):
-            raise CheckpointError(f"There is no checkpoint folder {str(resume)!r} here.", mend=f"Give {str(inside)!r}.")
-        read_manifest(str(resume))
+        read_named(str(resume), folder)
         return
     complete, wrong = _complete(checkpoints(folder))
     if not complete:
